@@ -1,0 +1,21 @@
+# Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
+"""Vision Transformers with register tokens for Hugging Face Transformers.
+
+Importing this package registers the ViTReg family with Transformers' Auto classes.
+"""
+
+from vitreg_hf.model.configuration_vitreg import ViTRegConfig as ViTRegConfig
+from vitreg_hf.model.image_processing_pil_vitreg import ViTRegImageProcessorPil as ViTRegImageProcessorPil
+from vitreg_hf.model.image_processing_vitreg import ViTRegImageProcessor as ViTRegImageProcessor
+from vitreg_hf.model.modeling_vitreg import (
+    ViTRegBackbone as ViTRegBackbone,
+    ViTRegForImageClassification as ViTRegForImageClassification,
+    ViTRegForMaskedImageModeling as ViTRegForMaskedImageModeling,
+    ViTRegForSemanticSegmentation as ViTRegForSemanticSegmentation,
+    ViTRegModel as ViTRegModel,
+    ViTRegPreTrainedModel as ViTRegPreTrainedModel,
+)
+from vitreg_hf.registration import register
+from vitreg_hf.version import __version__ as __version__
+
+register()

@@ -1,0 +1,352 @@
+# Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
+"""Configuration of the ViTReg family: every field, its default, and the checks that refuse a wrong value."""
+
+import difflib
+import math
+from dataclasses import fields
+from typing import Any, ClassVar, cast
+
+from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneConfigMixin
+from transformers.configuration_utils import PreTrainedConfig
+
+POOLINGS = ("cls", "mean", "cls_mean", "cls_register_mean")
+DROP_PATH_SCHEDULES = ("linear", "uniform")
+INTERPOLATION_MODES = ("bicubic", "bilinear")
+
+# Arguments that PreTrainedConfig takes without declaring them as fields, or that a saved config carries back.
+_UNDECLARED_ARGUMENTS = {
+    *("num_labels", "name_or_path", "torch_dtype", "output_attentions", "attn_implementation"),
+    *("experts_implementation", "model_type", "auto_map", "stage_names", "out_features", "out_indices"),
+    *("quantization_config", "gradient_checkpointing"),
+}
+
+# Room kept for checkpoints of other sources: field -> (the one value that is built so far, who has another one).
+_RESERVED: dict[str, tuple[Any, str]] = {
+    "position_embedding_type": ("learned", "rotary positions are what DINOv3 has"),
+    "cls_position_embedding": (True, "a CLS token without a position is what DeiT-III has"),
+    "register_position_embeddings": (False, "registers with positions are what Virchow2 and timm's so150m have"),
+    "embedding_norm": (False, "a norm before the first block is what CLIP has"),
+    "pooled_norm": (False, "a norm on pooled features is what timm's average-pooled models have"),
+    "separate_cls_norm": (False, "a final norm of its own for CLS is what some DINOv3 models have"),
+    "qk_norm": (False, "normalised queries and keys are what some timm models have"),
+    "num_test_time_registers": (0, "registers added after training are a later step of this package"),
+    "register_neurons": (None, "registers added after training are a later step of this package"),
+}
+
+
+@strict
+class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
+    r"""
+    Configuration of a Vision Transformer with register tokens (Darcet et al., arXiv 2309.16588).
+
+    Field names are those of Transformers' ViT where it has them. A wrong type raises the error of strict dataclasses;
+    a wrong value, a combination that cannot be built, or a misspelt field in a call raises `ValueError`.
+
+    Args:
+        hidden_size (`int`, defaults to 768): width of the residual stream.
+        num_hidden_layers (`int`, defaults to 12): number of blocks.
+        num_attention_heads (`int`, *optional*): attention heads per block. Left out, one per 64 channels, or as close
+            below that as divides the width.
+        intermediate_size (`int`, *optional*): width between the two MLP projections. Left out, four times the width.
+        hidden_act (`str`, defaults to `"gelu"`): activation of the MLP; SwiGLU has its own, SiLU.
+        hidden_dropout_prob (`float`, defaults to 0.0): dropout on embeddings and on the output of both branches.
+        attention_probs_dropout_prob (`float`, defaults to 0.0): dropout on attention probabilities.
+        initializer_range (`float`, defaults to 0.02): standard deviation of initial weights and positions.
+        token_initializer_range (`float`, defaults to 0.02): standard deviation of the initial CLS and register tokens.
+            Must be positive: registers that start equal get equal gradients and train as copies of one.
+        layer_norm_eps (`float`, defaults to 1e-6): epsilon of every LayerNorm.
+        image_size (`int` or pair, defaults to 224): height and width in pixels that the position table is made for.
+            Any other size works at run time.
+        patch_size (`int` or pair, defaults to 16): height and width of a patch in pixels.
+        num_channels (`int`, defaults to 3): image channels.
+        num_register_tokens (`int`, defaults to 4): learned registers; 0 is a plain ViT.
+        use_cls_token (`bool`, defaults to `True`): whether there is a CLS token.
+        use_mask_token (`bool`, defaults to `False`): whether the embeddings hold a mask token. The masked-image-modeling
+            head makes one whatever this says.
+        pooling (`str`, defaults to `"cls"`): what the classifier reads: `"cls"`, `"mean"` (of patches), `"cls_mean"`
+            (both, twice as wide) or `"cls_register_mean"` (CLS and the mean of the registers, twice as wide).
+        qkv_bias (`bool`, defaults to `True`): bias on queries, keys and values, unless one of the next three says else.
+        query_bias, key_bias, value_bias (`bool`, *optional*): bias of a single projection.
+        proj_bias (`bool`, defaults to `True`): bias of the attention output projection.
+        mlp_bias (`bool`, defaults to `True`): bias of the MLP projections.
+        head_dim (`int`, *optional*): channels per head. Left out, `hidden_size / num_attention_heads`.
+        use_swiglu_ffn (`bool`, defaults to `False`): SwiGLU in place of the MLP; `intermediate_size` is its inner width.
+        layerscale_value (`float`, *optional*): initial value of LayerScale; `None` turns LayerScale off.
+        drop_path_rate (`float`, defaults to 0.0): stochastic depth rate (of the last block if the schedule is linear).
+        drop_path_schedule (`str`, defaults to `"linear"`): `"linear"` from 0 over depth, or `"uniform"`.
+        pad_to_patch_size (`bool`, defaults to `False`): pad images whose size the patch size does not divide, with zeros
+            on the right and at the bottom. Off, such images are refused.
+        position_interpolation_mode (`str`, defaults to `"bicubic"`): `"bicubic"` or `"bilinear"`.
+        position_interpolation_antialias (`bool`, defaults to `True`): as in the released DINOv2 models with registers.
+        position_interpolation_offset (`float`, defaults to 0.0): 0 scales by size; DINOv2 without registers scales by the
+            factor `(grid + 0.1) / table grid`, which is 0.1 here.
+        output_prefix_attentions (`bool` or list of `int`, defaults to `False`): return what CLS and registers attend to,
+            for all layers or for those listed.
+        apply_layernorm (`bool`, defaults to `True`): final LayerNorm on the feature maps of the backbone.
+        reshape_hidden_states (`bool`, defaults to `True`): backbone features as `(batch, hidden, height, width)` maps
+            rather than token sequences.
+        segmentation_batch_norm (`bool`, defaults to `False`): BatchNorm before the segmentation classifier, as in the
+            linear evaluation of DINOv2.
+        semantic_loss_ignore_index (`int`, defaults to 255): label that the segmentation loss leaves out.
+        position_embedding_type and the fields after it: reserved for checkpoints of other sources. Any value but the
+            default is refused until it is built.
+
+    Example:
+
+    ```python
+    >>> from vitreg_hf import ViTRegConfig, ViTRegModel
+
+    >>> config = ViTRegConfig(hidden_size=384, num_register_tokens=4)
+    >>> model = ViTRegModel(config)
+    ```"""
+
+    model_type = "vitreg"
+    base_model_tp_plan: ClassVar[dict[str, Any]] = {
+        "layers.*.attention.q_proj": "colwise",
+        "layers.*.attention.k_proj": "colwise",
+        "layers.*.attention.v_proj": "colwise",
+        "layers.*.attention.o_proj": "rowwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {
+        "embeddings": "free_full_weight",
+        "layers.*": "free_full_weight",
+        "layernorm": "keep_full_weight",
+    }
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int | None = None
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    initializer_range: float | int = 0.02
+    token_initializer_range: float | int = 0.02
+    layer_norm_eps: float | int = 1e-6
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 16
+    num_channels: int = 3
+    num_register_tokens: int = 4
+    use_cls_token: bool = True
+    use_mask_token: bool = False
+    pooling: str = "cls"
+    qkv_bias: bool = True
+    query_bias: bool | None = None
+    key_bias: bool | None = None
+    value_bias: bool | None = None
+    proj_bias: bool = True
+    mlp_bias: bool = True
+    head_dim: int | None = None
+    use_swiglu_ffn: bool = False
+    layerscale_value: float | int | None = None
+    drop_path_rate: float | int = 0.0
+    drop_path_schedule: str = "linear"
+    pad_to_patch_size: bool = False
+    position_interpolation_mode: str = "bicubic"
+    position_interpolation_antialias: bool = True
+    position_interpolation_offset: float | int = 0.0
+    output_prefix_attentions: bool | list[int] | tuple[int, ...] = False
+    apply_layernorm: bool = True
+    reshape_hidden_states: bool = True
+    segmentation_batch_norm: bool = False
+    semantic_loss_ignore_index: int = 255
+    position_embedding_type: str = "learned"
+    cls_position_embedding: bool = True
+    register_position_embeddings: bool = False
+    embedding_norm: bool = False
+    pooled_norm: bool = False
+    separate_cls_norm: bool = False
+    qk_norm: bool = False
+    num_test_time_registers: int = 0
+    register_neurons: list[list[int]] | None = None
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self._refuse_misspelt(kwargs)
+        if self.num_attention_heads is None:
+            self.num_attention_heads = _default_heads(self.hidden_size)
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        self.check_values()
+        kwargs.pop("stage_names", None)  # follows from the depth
+        self.stage_names = ["stem", *(f"stage{i}" for i in range(1, self.num_hidden_layers + 1))]
+        self.set_output_features_output_indices(
+            out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
+        )
+        if self.use_swiglu_ffn:
+            self.base_model_tp_plan = {**self.base_model_tp_plan, "layers.*.mlp.gate_proj": "colwise"}
+        super().__post_init__(**kwargs)
+
+    # Sizes that follow from the fields
+
+    @property
+    def patch_height_width(self) -> tuple[int, int]:
+        """Height and width of a patch in pixels."""
+        return _pair(self.patch_size)
+
+    @property
+    def position_grid(self) -> tuple[int, int]:
+        """Rows and columns of the position table, in patches."""
+        (height, width), (patch_height, patch_width) = _pair(self.image_size), self.patch_height_width
+        return height // patch_height, width // patch_width
+
+    @property
+    def num_cls_tokens(self) -> int:
+        """1 with a CLS token, else 0."""
+        return int(self.use_cls_token)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the first patch: CLS, registers and test-time registers."""
+        return self.num_cls_tokens + self.num_register_tokens + self.num_test_time_registers
+
+    @property
+    def attention_head_dim(self) -> int:
+        """Channels per attention head."""
+        return self.head_dim or self.hidden_size // cast(int, self.num_attention_heads)
+
+    @property
+    def classifier_input_size(self) -> int:
+        """Width of what the classifier reads: twice the hidden size when two pooled vectors are joined."""
+        return self.hidden_size * (2 if self.pooling in ("cls_mean", "cls_register_mean") else 1)
+
+    @property
+    def drop_path_rates(self) -> list[float]:
+        """Stochastic depth rate of each block, first to last."""
+        last = self.num_hidden_layers - 1
+        if self.drop_path_schedule == "uniform" or last == 0:
+            return [float(self.drop_path_rate)] * self.num_hidden_layers
+        return [self.drop_path_rate * i / last for i in range(self.num_hidden_layers)]
+
+    # Attention probabilities come with every backend, so nothing ties `output_attentions` to eager attention.
+
+    @property
+    def output_attentions(self) -> bool | None:
+        """Whether forward passes return attention probabilities by default."""
+        return self._output_attentions
+
+    @output_attentions.setter
+    def output_attentions(self, value: bool | None) -> None:
+        self._output_attentions = value
+
+    def validate_output_attentions(self) -> None:
+        """Transformers refuses `output_attentions` outside eager attention; ViTReg returns them everywhere."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build a config from a saved dictionary.
+
+        A file may carry attributes that this version does not know, and keeps them; a call may not. Overrides in
+        `kwargs` are checked like the arguments of a call.
+
+        Returns:
+            The config, or `(config, unused kwargs)` with `return_unused_kwargs=True`.
+        """
+        accepted = cls._accepted_arguments()
+        unknown = {k: v for k, v in config_dict.items() if k not in accepted and not k.startswith("_")}
+        known = {k: v for k, v in config_dict.items() if k not in unknown}
+        result = super().from_dict(known, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        for name, value in unknown.items():
+            setattr(config, name, value)
+        config.check_values()
+        return result
+
+    # Checks
+
+    @classmethod
+    def _accepted_arguments(cls) -> set[str]:
+        return {f.name for f in fields(cls)} | _UNDECLARED_ARGUMENTS
+
+    def _refuse_misspelt(self, kwargs: dict[str, Any]) -> None:
+        accepted = self._accepted_arguments()
+        for name in kwargs:
+            if name in accepted or name.startswith("_"):
+                continue
+            close = difflib.get_close_matches(name, accepted, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"Expected a field of {type(self).__name__}, got {name!r}{hint}")
+
+    def check_values(self) -> None:
+        """Refuse values and combinations that cannot be built.
+
+        Raises:
+            ValueError: naming the field, what was expected and what came.
+        """
+        self._check_ranges()
+        self._check_choices()
+        self._check_sizes()
+        self._check_combinations()
+        for name, (built, reason) in _RESERVED.items():
+            if getattr(self, name) != built:
+                raise ValueError(f"Expected {name}={built!r}, got {getattr(self, name)!r}: {reason}; not built yet")
+
+    def _check_ranges(self) -> None:
+        counts = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"]
+        for name in counts + (["head_dim"] if self.head_dim is not None else []):
+            _expect(getattr(self, name) > 0, name, "a positive integer", getattr(self, name))
+        _expect(self.num_register_tokens >= 0, "num_register_tokens", "zero or more", self.num_register_tokens)
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
+            _expect(0 <= getattr(self, name) < 1, name, "a probability in [0, 1)", getattr(self, name))
+        for name in ("initializer_range", "token_initializer_range", "layer_norm_eps"):
+            positive = 0 < getattr(self, name) < math.inf
+            _expect(positive, name, "a positive finite number", getattr(self, name))
+        if self.layerscale_value is not None:
+            finite = math.isfinite(self.layerscale_value)
+            _expect(finite, "layerscale_value", "None or a finite number", self.layerscale_value)
+        offset = self.position_interpolation_offset
+        _expect(0 <= offset < math.inf, "position_interpolation_offset", "zero or more", offset)
+
+    def _check_choices(self) -> None:
+        choices = {
+            "pooling": POOLINGS,
+            "drop_path_schedule": DROP_PATH_SCHEDULES,
+            "position_interpolation_mode": INTERPOLATION_MODES,
+        }
+        for name, allowed in choices.items():
+            _expect(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}", getattr(self, name))
+        _expect(self.hidden_act in ACT2FN, "hidden_act", f"one of {', '.join(sorted(ACT2FN))}", self.hidden_act)
+
+    def _check_sizes(self) -> None:
+        for name in ("image_size", "patch_size"):
+            size = _pair(getattr(self, name))
+            valid = len(size) == 2 and all(side > 0 for side in size)
+            _expect(valid, name, "a positive integer or a pair (height, width)", getattr(self, name))
+        for side, patch in zip(_pair(self.image_size), self.patch_height_width, strict=True):
+            multiple = f"a multiple of patch_size ({self.patch_size})"
+            _expect(side % patch == 0, "image_size", multiple, self.image_size)
+
+    def _check_combinations(self) -> None:
+        if self.head_dim is None and self.hidden_size % cast(int, self.num_attention_heads):
+            heads = f"a divisor of hidden_size ({self.hidden_size}), or a head_dim of your own"
+            _expect(False, "num_attention_heads", heads, self.num_attention_heads)
+        if not self.use_cls_token and self.pooling != "mean":
+            _expect(False, "pooling", "mean, as use_cls_token=False leaves no CLS token to read", self.pooling)
+        if self.pooling == "cls_register_mean" and self.num_register_tokens == 0:
+            _expect(False, "num_register_tokens", "at least 1 for pooling='cls_register_mean'", 0)
+        if isinstance(self.output_prefix_attentions, list | tuple):
+            for layer in self.output_prefix_attentions:
+                inside = -self.num_hidden_layers <= layer < self.num_hidden_layers
+                _expect(inside, "output_prefix_attentions", f"layers of {self.num_hidden_layers}", layer)
+
+
+def _default_heads(hidden_size: int) -> int:
+    """One head per 64 channels, as in every published ViT, or the next smaller number that divides the width."""
+    return next((heads for heads in range(hidden_size // 64, 1, -1) if hidden_size % heads == 0), 1)
+
+
+def _expect(condition: bool, name: str, expected: str, got: Any) -> None:
+    if not condition:
+        raise ValueError(f"Expected {name} to be {expected}, got {got!r}")
+
+
+def _pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+__all__ = ["ViTRegConfig"]

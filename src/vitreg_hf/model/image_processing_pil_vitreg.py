@@ -1,0 +1,242 @@
+"""The PIL image processor of ViTReg, and the options and order of work it shares with the torchvision one.
+
+They are shared from here because this module works without torchvision.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    ChannelDimension,
+    ImageInput,
+    PILImageResampling,
+    SizeDict,
+)
+from transformers.processing_utils import ImagesKwargs, Unpack
+
+from .image_inputs import (
+    center_crop,
+    check_one_shape,
+    check_statistics,
+    fit_label_map,
+    flatten_images,
+    like,
+    open_image,
+    pad_label_map,
+    padded_size,
+    pil_filter,
+    read_image,
+    read_label_map,
+    resize_nearest,
+    resized_size,
+    segmentation_scores,
+)
+
+
+class ViTRegImageProcessorKwargs(ImagesKwargs, total=False):
+    r"""
+    size_divisor (`int`, *optional*, defaults to `self.size_divisor`):
+        With `do_pad`, the padded height and width are rounded up to a multiple of it; normally the patch size.
+    do_reduce_labels (`bool`, *optional*, defaults to `self.do_reduce_labels`):
+        Lower every label of the segmentation maps by one; the background 0 becomes 255, which the loss ignores.
+    """
+
+    size_divisor: int | None
+    do_reduce_labels: bool | None
+
+
+class ViTRegImageProcessorMixin(BaseImageProcessor):
+    """Options and order of work of both processors; a backend adds `process_image`, `resize` and `center_crop`."""
+
+    pad: Callable[..., Any]  # a backend's own
+
+    valid_kwargs = ViTRegImageProcessorKwargs
+    model_input_names = ["pixel_values", "pixel_mask"]
+
+    do_convert_rgb = True
+    do_resize = True
+    size = {"shortest_edge": 256}
+    default_to_square = False
+    resample = PILImageResampling.BICUBIC
+    do_center_crop = True
+    crop_size = {"height": 224, "width": 224}
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    do_pad = False
+    size_divisor = None
+    do_reduce_labels = False
+
+    def preprocess(
+        self,
+        images: ImageInput,
+        segmentation_maps: ImageInput | None = None,
+        **kwargs: Unpack[ViTRegImageProcessorKwargs],
+    ) -> BatchFeature:
+        """Turn images into model inputs.
+
+        Args:
+            images: one image or a list: PIL images, arrays or tensors of any channel count, paths, URLs, base64.
+            segmentation_maps: one map of class indices per image, of the height and width of the image.
+            kwargs: options of `ViTRegImageProcessorKwargs` for this call.
+
+        Returns:
+            `pixel_values` (batch, C, H, W) float32; with `do_pad` also `pixel_mask` (batch, H, W) int64, 1 on the
+            image and 0 on padding; with `segmentation_maps` also `labels` (batch, H, W) int64, 255 outside the image.
+
+        Raises:
+            ValueError: if an image cannot be read, or options, channel counts or sizes do not fit.
+        """
+        return super().preprocess(images, segmentation_maps, **kwargs)
+
+    def post_process_semantic_segmentation(
+        self,
+        outputs: Any,
+        target_sizes: Sequence[tuple[int, int]] | Tensor | None = None,
+        pixel_mask: Tensor | np.ndarray | None = None,
+        return_segmentation_scores: bool = False,
+    ) -> list[Tensor] | list[SemanticSegmentationPostProcessorOutput]:
+        """Turn logits into one map of class indices per image, `(height, width)` int64.
+
+        Args:
+            outputs: holds `logits` of shape `(batch, labels, h, w)`.
+            target_sizes: (height, width) of each map, normally of the original image; `None` keeps the logits' size.
+            pixel_mask: the mask of a padded batch; what the logits say about padding is cut off first.
+            return_segmentation_scores: return objects with `segmentation` and its resized `segmentation_scores`.
+
+        Raises:
+            ValueError: if there are not as many target sizes or masks as images.
+        """
+        scores = segmentation_scores(outputs.logits, target_sizes, pixel_mask)
+        maps = [image_scores.argmax(dim=0) for image_scores in scores]
+        if not return_segmentation_scores:
+            return maps
+        return [
+            SemanticSegmentationPostProcessorOutput({"segmentation": labels, "segmentation_scores": image_scores})
+            for labels, image_scores in zip(maps, scores, strict=True)
+        ]
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Open the paths, URLs and base64 texts in (nested) lists of images; images pass through."""
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(item) for item in image_url_or_urls]
+        return (
+            open_image(image_url_or_urls) if isinstance(image_url_or_urls, (str, os.PathLike)) else image_url_or_urls
+        )
+
+    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
+        if not (flat := flatten_images(self.fetch_images(images), expected_ndims)):
+            raise ValueError("expected at least one image, got none")
+        return flat
+
+    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:  # type: ignore[override]  # passed on by name
+        super()._validate_preprocess_kwargs(**kwargs)
+        if (divisor := kwargs["size_divisor"]) is not None and divisor < 1:
+            raise ValueError(f"expected a positive size_divisor, got {divisor}")
+        if kwargs["data_format"] not in (None, ChannelDimension.FIRST):
+            raise ValueError(f"expected data_format 'channels_first', got {kwargs['data_format']!r}")
+
+    def _preprocess_image_like_inputs(  # type: ignore[override]  # names what the base class takes as *args, **kwargs
+        self,
+        images: Any,
+        segmentation_maps: Any,
+        do_convert_rgb: bool,
+        input_data_format: str | ChannelDimension | None,
+        device: Any,
+        do_pad: bool,
+        pad_size: SizeDict | None,
+        size_divisor: int | None,
+        do_reduce_labels: bool,
+        return_tensors: Any,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        pixels = self._prepare_image_like_inputs(
+            images, do_convert_rgb=do_convert_rgb, input_data_format=input_data_format, device=device
+        )
+        if kwargs["do_normalize"]:
+            check_statistics(pixels, image_mean=kwargs["image_mean"], image_std=kwargs["image_std"])
+        labels = None if segmentation_maps is None else self._read_label_maps(segmentation_maps, pixels)
+        data = self._preprocess(pixels, do_pad=False, pad_size=None, return_tensors=None, **kwargs)
+        if labels is not None:
+            way = {name: kwargs[name] for name in ("do_resize", "size", "do_center_crop", "crop_size")}
+            data["labels"] = [fit_label_map(one, do_reduce_labels, **way) for one in labels]
+        if do_pad:
+            self._pad_batch(data, pad_size, size_divisor, kwargs["disable_grouping"])
+        if labels is not None:
+            data["labels"] = [like(pixels[0], one) for one in data["labels"]]
+        if return_tensors is not None:
+            check_one_shape(data["pixel_values"])
+        return BatchFeature(dict(data), tensor_type=return_tensors)
+
+    def _read_label_maps(self, segmentation_maps: Any, images: Sequence[Any]) -> list[Tensor]:
+        """One int64 map `(H, W)` per image `(C, H, W)`; raises ValueError where number or size differ."""
+        maps = [read_label_map(one) for one in self._prepare_images_structure(segmentation_maps, expected_ndims=2)]
+        expected, got = [tuple(image.shape[-2:]) for image in images], [tuple(one.shape) for one in maps]
+        if expected != got:
+            raise ValueError(f"expected segmentation maps as large as their images, {expected}, got {got}")
+        return maps
+
+    def _pad_batch(
+        self, data: BatchFeature, pad_size: SizeDict | None, divisor: int | None, ungrouped: bool | None
+    ) -> None:
+        """Pad `pixel_values` (with zeros) and `labels` in place to one size, and add the `pixel_mask`."""
+        height, width = padded_size([image.shape[-2:] for image in data["pixel_values"]], pad_size, divisor)
+        data["pixel_values"], data["pixel_mask"] = self.pad(
+            data["pixel_values"],
+            pad_size=SizeDict(height=height, width=width),
+            return_mask=True,
+            disable_grouping=ungrouped,
+        )
+        if "labels" in data:
+            data["labels"] = [pad_label_map(one, height, width) for one in data["labels"]]
+
+
+class ViTRegImageProcessorPil(ViTRegImageProcessorMixin, PilBackend):
+    """Prepares images on the CPU with Pillow and numpy; needs no torchvision. See `ViTRegImageProcessorMixin`."""
+
+    def process_image(
+        self,
+        image: Any,
+        do_convert_rgb: bool | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        **kwargs: Any,
+    ) -> np.ndarray:
+        """Read one image into a channels-first array `(C, H, W)`, uint8 or float32."""
+        return read_image(image, bool(do_convert_rgb), input_data_format).cpu().numpy()
+
+    def resize(
+        self,
+        image: np.ndarray,
+        size: SizeDict,
+        resample: Any = PILImageResampling.BILINEAR,
+        reducing_gap: float | None = None,
+        **kwargs: Any,
+    ) -> np.ndarray:
+        """Resize `(C, H, W)` one channel after the other, so that any channel count works and floats stay floats."""
+        height, width = resized_size(image.shape[-2], image.shape[-1], size)
+        resample = pil_filter(resample)
+        if resample == PILImageResampling.NEAREST:
+            return resize_nearest(torch.from_numpy(image), height, width).numpy()
+        channels = [PIL.Image.fromarray(channel) for channel in image]
+        resized = [channel.resize((width, height), resample, reducing_gap=reducing_gap) for channel in channels]
+        return np.stack([np.asarray(channel) for channel in resized])
+
+    # type ignored: both backends of Transformers narrow the base class in this way
+    def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs: Any) -> np.ndarray:  # type: ignore[override]
+        """Crop `(C, H, W)` to the middle `size`; edges that are too short are padded with zeros."""
+        return center_crop(torch.from_numpy(image), size).numpy()
+
+
+__all__ = ["ViTRegImageProcessorPil"]

@@ -1,0 +1,699 @@
+# Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
+"""ViTReg: a Vision Transformer with register tokens (Darcet et al., arXiv 2309.16588), read top to bottom.
+
+Registers are learned tokens between CLS and the patches. They have no position, are added after positions, take part in
+every block in training and in inference, and no head reads them unless its pooling says so.
+
+Shapes: B images, C channels, H x W pixels, P patches on a grid of rows x columns, R registers, N = 1 + R + P tokens,
+D channels of the residual stream, h heads of d channels.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
+
+from .configuration_vitreg import ViTRegConfig
+from .embeddings import ViTRegEmbeddings
+from .outputs import (
+    ViTRegBackboneOutput,
+    ViTRegImageClassifierOutput,
+    ViTRegMaskedImageModelingOutput,
+    ViTRegModelOutput,
+    ViTRegSemanticSegmenterOutput,
+    passed_on,
+)
+from .token_layout import TokenLayout
+
+LayerSelection = bool | Sequence[int]
+
+
+class ViTRegKwargs(TransformersKwargs, total=False):
+    """Keyword arguments of every forward pass, besides those of Transformers.
+
+    output_prefix_attentions: return what CLS and registers attend to, for all layers (True) or for the layers listed.
+    """
+
+    output_prefix_attentions: LayerSelection | None
+
+
+# Attention
+
+
+def attention_probabilities(query: Tensor, key: Tensor, scaling: float, token_mask: Tensor | None = None) -> Tensor:
+    """Softmax attention probabilities, before dropout, whatever kernel computes the attention itself.
+
+    Args:
+        query: `(B, h, Q, d)`, all tokens or some of them.
+        key: `(B, h, N, d)`.
+        scaling: factor on the logits.
+        token_mask: `(B, N)`, True for tokens that may be attended to.
+
+    Returns:
+        `(B, h, Q, N)` in the dtype of `query`; softmax runs in float32.
+    """
+    logits = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if token_mask is not None:
+        logits = logits.masked_fill(~token_mask[:, None, None, :], torch.finfo(logits.dtype).min)
+    return F.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """The reference of every other backend; returns the output `(B, N, h, d)` and the probabilities before dropout."""
+    logits = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        logits = logits + attention_mask
+    probabilities = F.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
+    dropped = F.dropout(probabilities, p=dropout, training=module.training)
+    return torch.matmul(dropped, value).transpose(1, 2).contiguous(), probabilities
+
+
+class ViTRegAttention(nn.Module):
+    """Multi-head self-attention over all tokens, through the backend that the config names."""
+
+    def __init__(self, config: ViTRegConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layout = TokenLayout.from_config(config)
+        self.head_dim = config.attention_head_dim
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.is_causal = False
+        width, inner = config.hidden_size, cast(int, config.num_attention_heads) * self.head_dim
+
+        def has_bias(own: bool | None) -> bool:
+            return config.qkv_bias if own is None else own
+
+        self.q_proj = nn.Linear(width, inner, bias=has_bias(config.query_bias))
+        self.k_proj = nn.Linear(width, inner, bias=has_bias(config.key_bias))
+        self.v_proj = nn.Linear(width, inner, bias=has_bias(config.value_bias))
+        self.o_proj = nn.Linear(inner, width, bias=config.proj_bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        token_mask: Tensor | None = None,
+        output_attentions: bool = False,
+        output_prefix_attentions: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Attend.
+
+        Args:
+            hidden_states: `(B, N, D)`.
+            attention_mask: padding in the form of the backend, or None.
+            token_mask: the same padding as `(B, N)`, for the probabilities.
+            output_attentions: return the probabilities of all tokens.
+            output_prefix_attentions: return those of CLS and registers.
+
+        Returns:
+            Output `(B, N, D)`, probabilities `(B, h, N, N)` or None, those of the prefix `(B, h, prefix, N)` or None.
+        """
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)  # -1: a tensor-parallel rank holds some of the heads
+        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+
+        backend = self.config._attn_implementation
+        self._check_backend(backend, query)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        attended, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        output = self.o_proj(attended.reshape(*hidden_states.shape[:-1], -1).contiguous())
+
+        probabilities = prefix = None
+        if output_attentions:
+            own = backend == "eager"
+            probabilities = weights if own else attention_probabilities(query, key, self.scaling, token_mask)
+        if output_prefix_attentions:
+            asking = self.layout.prefix_queries(query)
+            prefix = attention_probabilities(asking, key, self.scaling, token_mask)
+        return output, probabilities, prefix
+
+    def _check_backend(self, backend: str | None, query: Tensor) -> None:
+        if backend == "flex_attention" and query.device.type == "cpu" and query.requires_grad:
+            raise ValueError(
+                "Expected a GPU or no gradient for attn_implementation='flex_attention', got a CPU tensor that needs a "
+                "gradient: PyTorch has no backward pass of flex attention on CPU; train with 'sdpa' there"
+            )
+
+
+# MLP
+
+
+class ViTRegMLP(nn.Module):
+    """Two projections with an activation between them."""
+
+    def __init__(self, config: ViTRegConfig) -> None:
+        super().__init__()
+        inner = cast(int, config.intermediate_size)
+        self.up_proj = nn.Linear(config.hidden_size, inner, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.down_proj = nn.Linear(inner, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class ViTRegSwiGLU(nn.Module):
+    """MLP whose inner activation is a second projection, gated by SiLU of the first."""
+
+    def __init__(self, config: ViTRegConfig) -> None:
+        super().__init__()
+        inner = cast(int, config.intermediate_size)
+        self.gate_proj = nn.Linear(config.hidden_size, inner, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, inner, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(inner, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+# Layer
+
+
+class ViTRegLayerScale(nn.Module):
+    """A learned factor per channel on the output of a branch."""
+
+    def __init__(self, config: ViTRegConfig) -> None:
+        super().__init__()
+        self.lambda1 = nn.Parameter(torch.full((config.hidden_size,), float(cast(float, config.layerscale_value))))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states * self.lambda1
+
+
+class ViTRegDropPath(nn.Module):
+    """Stochastic depth (Huang et al., arXiv 1603.09382): drop a branch for whole samples, scale up the others."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return hidden_states
+        keep = 1.0 - self.rate
+        shape = (hidden_states.shape[0],) + (1,) * (hidden_states.ndim - 1)
+        return hidden_states * hidden_states.new_empty(shape).bernoulli_(keep).div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"
+
+
+class ViTRegLayer(GradientCheckpointingLayer):
+    """One pre-norm block: attention, then MLP, each on a residual branch."""
+
+    def __init__(self, config: ViTRegConfig, drop_path_rate: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = ViTRegAttention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = ViTRegSwiGLU(config) if config.use_swiglu_ffn else ViTRegMLP(config)
+        scaled = config.layerscale_value is not None
+        self.layer_scale1 = ViTRegLayerScale(config) if scaled else nn.Identity()
+        self.layer_scale2 = ViTRegLayerScale(config) if scaled else nn.Identity()
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.drop_path = ViTRegDropPath(drop_path_rate)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
+        """One block, `(B, N, D)` to `(B, N, D)`; `kwargs` are those of `ViTRegAttention.forward`."""
+        attended, *_ = self.attention(self.norm1(hidden_states), attention_mask, **kwargs)
+        hidden_states = hidden_states + self.drop_path(self.layer_scale1(self.dropout(attended)))
+        transformed = self.mlp(self.norm2(hidden_states))
+        return hidden_states + self.drop_path(self.layer_scale2(self.dropout(transformed)))
+
+
+# Models
+
+
+class ViTRegPreTrainedModel(PreTrainedModel):
+    """What all models of the family share: initial weights, and what Transformers needs to know about them."""
+
+    config: ViTRegConfig
+    base_model_prefix = "vitreg"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ViTRegEmbeddings", "ViTRegLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": ViTRegLayer,
+        "attentions": ViTRegAttention,
+        "prefix_attentions": OutputRecorder(ViTRegAttention, index=2),
+    }
+    _input_embed_layer = "patch_embeddings"
+    # The token of masked image modeling is of no use to the other heads, which do not have it.
+    _keys_to_ignore_on_load_unexpected = [r"embeddings\.mask_token$"]
+
+    def __init__(self, config: ViTRegConfig, *inputs: Any, **kwargs: Any) -> None:
+        config.check_values()  # fields may have been set since the config was made
+        super().__init__(config, *inputs, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            init.trunc_normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, ViTRegLayerScale):
+            init.constant_(module.lambda1, self.config.layerscale_value)
+        elif isinstance(module, ViTRegEmbeddings):
+            init.trunc_normal_(module.position_embeddings, mean=0.0, std=std)
+            # Registers must start apart: equal ones get equal gradients and would stay copies of one another.
+            for token in (module.cls_token, module.register_tokens):
+                if token is not None:
+                    init.normal_(token, mean=0.0, std=self.config.token_initializer_range)
+            if module.mask_token is not None:
+                init.zeros_(module.mask_token)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save as Transformers does; after `register_for_auto_class`, with the code and the whole map of Auto classes."""
+        if self._auto_class is not None:
+            self.config.auto_map = _remote_code_map()
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that an optimizer should not decay: tokens, positions, biases, norms and LayerScale."""
+        tokens = {
+            id(p) for m in self.modules() if isinstance(m, ViTRegEmbeddings) for p in m.parameters(recurse=False)
+        }
+        return {name for name, p in self.named_parameters() if p.ndim < 2 or id(p) in tokens}
+
+
+class ViTRegModel(ViTRegPreTrainedModel):
+    """The backbone without a head."""
+
+    # A masked-image-modeling checkpoint also holds its decoder.
+    _keys_to_ignore_on_load_unexpected = [r"embeddings\.mask_token$", r"^decoder\."]
+
+    def __init__(self, config: ViTRegConfig, use_mask_token: bool = False) -> None:
+        super().__init__(config)
+        self.layout = TokenLayout.from_config(config)
+        self.embeddings = ViTRegEmbeddings(config, use_mask_token=use_mask_token)
+        self.layers = nn.ModuleList([ViTRegLayer(config, rate) for rate in config.drop_path_rates])
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def post_init(self) -> None:
+        super().post_init()
+        # Installed when first needed, the recording hooks would take a lock that torch.compile cannot trace.
+        maybe_install_capturing_hooks(self)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        bool_masked_pos: Tensor | None = None,
+        pixel_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_prefix_attentions: LayerSelection | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ViTRegModelOutput:
+        """Run the backbone (section 2.2 of the paper).
+
+        Args:
+            pixel_values: `(B, C, H, W)`, any H and W that the patch size divides (see `pad_to_patch_size`).
+            bool_masked_pos: `(B, P)`, True where a patch is replaced by the mask token.
+            pixel_mask: `(B, H, W)`, 1 for real pixels, when images of several sizes were padded on the right and at the
+                bottom. Padding is attended to by nothing, and every image has the positions that it has on its own.
+            output_attentions: return `attentions`, one `(B, h, N, N)` per layer: probabilities before dropout, whatever
+                the backend. Holds N x N maps of all layers; `output_prefix_attentions` is the cheap way.
+            output_hidden_states: return `hidden_states`, embeddings and every block's output, before the final norm.
+            output_prefix_attentions: return `prefix_attentions`, for all layers or for those listed.
+
+        Returns:
+            `ViTRegModelOutput`.
+
+        Raises:
+            ValueError: if an input does not fit the config, with what was expected and what came.
+            TypeError: for an argument that nothing reads.
+        """
+        self._refuse_unread(kwargs)
+        if pixel_values is None:
+            raise ValueError("Expected pixel_values of shape (batch, channels, height, width), got None")
+        embedded = self.embeddings(pixel_values, bool_masked_pos=bool_masked_pos, pixel_mask=pixel_mask)
+        patch_mask = embedded.patch_mask
+        token_mask = None if patch_mask is None else self.layout.token_mask(patch_mask)
+        prefix_layers = self._prefix_layers(output_prefix_attentions)
+        encoded = self._run_layers(
+            embedded.tokens,
+            token_mask,
+            output_attentions=self._or_config("output_attentions", output_attentions),
+            output_hidden_states=self._or_config("output_hidden_states", output_hidden_states),
+            output_prefix_attentions=prefix_layers,
+            return_dict=True,
+            **kwargs,
+        )
+        tokens = self.layernorm(encoded.last_hidden_state)
+        return ViTRegModelOutput(
+            last_hidden_state=tokens,
+            pooler_output=self._pooled(tokens, patch_mask),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+            cls_token=self.layout.cls_token(tokens),
+            register_tokens=self.layout.register_tokens(tokens),
+            patch_tokens=self.layout.patch_tokens(tokens),
+            patch_map=self.layout.patch_map(tokens, embedded.grid),
+            prefix_attentions=self._aligned(encoded.get("prefix_attentions"), prefix_layers),
+            patch_mask=patch_mask,
+        )
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def _run_layers(
+        self,
+        hidden_states: Tensor,
+        token_mask: Tensor | None,
+        output_attentions: bool,
+        output_hidden_states: bool,  # read by the decorator
+        output_prefix_attentions: set[int],
+        **kwargs: Any,
+    ) -> BaseModelOutput:
+        attention_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=token_mask
+        )
+        for index, layer in enumerate(self.layers):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask,
+                token_mask=token_mask,
+                output_attentions=output_attentions,
+                output_prefix_attentions=index in output_prefix_attentions,
+                **kwargs,
+            )
+        return BaseModelOutput(last_hidden_state=cast(torch.FloatTensor, hidden_states))
+
+    def _pooled(self, tokens: Tensor, patch_mask: Tensor | None) -> Tensor:
+        """One vector per image, `(B, D)`: the mean of patches if the pooling is `mean`, else CLS."""
+        if self.config.pooling == "mean":
+            return mean_of_patches(self.layout.patch_tokens(tokens), patch_mask)
+        return cast(Tensor, self.layout.cls_token(tokens))
+
+    def _or_config(self, name: str, value: Any) -> Any:
+        return getattr(self.config, name) if value is None else value
+
+    def _prefix_layers(self, asked: LayerSelection | None) -> set[int]:
+        """Indices of the layers whose prefix attention is wanted."""
+        asked = self._or_config("output_prefix_attentions", asked)
+        count = len(self.layers)
+        if isinstance(asked, bool):
+            layers = set(range(count)) if asked else set()
+        elif all(-count <= layer < count for layer in asked):
+            layers = {layer % count for layer in asked}
+        else:
+            raise ValueError(f"Expected layers of {count} in output_prefix_attentions, got {list(asked)}")
+        if layers and self.layout.num_prefix == 0:
+            raise ValueError(
+                "Expected a model with CLS or registers for output_prefix_attentions, got one with neither"
+            )
+        return layers
+
+    def _aligned(self, recorded: Sequence[Tensor] | None, layers: set[int]) -> tuple[Tensor | None, ...] | None:
+        """One entry per layer, so that an index is a layer; None where the layer was not asked for."""
+        if not recorded:
+            return None
+        entries = iter(recorded)
+        return tuple(next(entries) if index in layers else None for index in range(len(self.layers)))
+
+    def _refuse_unread(self, kwargs: dict[str, Any]) -> None:
+        for name in kwargs:
+            if name not in TransformersKwargs.__annotations__:
+                raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {name!r}")
+
+    def get_intermediate_layers(
+        self,
+        pixel_values: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
+        """Patch tokens of some layers, with the semantics of DINOv2's method of this name.
+
+        Args:
+            pixel_values: `(B, C, H, W)`.
+            n: the last `n` layers, or the indices of layers (0 is the first block).
+            reshape: return maps `(B, D, rows, columns)` rather than sequences `(B, P, D)`.
+            return_class_token: return pairs of patches and CLS `(B, D)`.
+            norm: apply the final norm to each.
+
+        Returns:
+            One tensor, or one pair, per layer, in layer order.
+
+        Raises:
+            ValueError: if a layer does not exist, or CLS is asked of a model without.
+        """
+        count = len(self.layers)
+        wanted = list(range(count - n, count)) if isinstance(n, int) else sorted(n)
+        if not wanted or not all(0 <= layer < count for layer in wanted):
+            raise ValueError(f"Expected n to be 1 to {count} or layers of 0 to {count - 1}, got {n}")
+        if return_class_token and not self.layout.num_cls:
+            raise ValueError("Expected a model with a CLS token for return_class_token=True, got one without")
+        outputs = self(pixel_values, output_hidden_states=True, return_dict=True)
+        states = [outputs.hidden_states[layer + 1] for layer in wanted]
+        states = [self.layernorm(state) for state in states] if norm else states
+        grid = tuple(outputs.patch_map.shape[-2:])
+        patches = [self.layout.patch_map(s, grid) if reshape else self.layout.patch_tokens(s) for s in states]
+        if not return_class_token:
+            return tuple(patches)
+        return tuple((patch, cast(Tensor, self.layout.cls_token(s))) for patch, s in zip(patches, states, strict=True))
+
+
+def mean_of_patches(patches: Tensor, patch_mask: Tensor | None) -> Tensor:
+    """Mean over patches, `(B, P, D)` to `(B, D)`, leaving out those that `patch_mask` `(B, P)` marks as padding."""
+    if patch_mask is None:
+        return patches.mean(dim=1)
+    weights = patch_mask[..., None].to(patches.dtype)
+    return (patches * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+# Heads
+
+
+class ViTRegForImageClassification(ViTRegPreTrainedModel):
+    """Linear classifier (one label, several labels, or regression, as Transformers decides) on pooled tokens."""
+
+    def __init__(self, config: ViTRegConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.vitreg = ViTRegModel(config)
+        width, labels = config.classifier_input_size, config.num_labels
+        self.classifier = nn.Linear(width, labels) if labels else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        pixel_mask: Tensor | None = None,
+        **kwargs: Unpack[ViTRegKwargs],
+    ) -> ViTRegImageClassifierOutput:
+        """Classify images.
+
+        Args:
+            pixel_values, pixel_mask: as in `ViTRegModel.forward`.
+            labels: class indices `(B,)`, or one number per label `(B, labels)` for several labels or for regression.
+
+        Returns:
+            `ViTRegImageClassifierOutput` with `logits` `(B, labels)`.
+        """
+        outputs = self.vitreg(pixel_values, pixel_mask=pixel_mask, return_dict=True, **kwargs)
+        logits = self.classifier(self._classifier_input(outputs))
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        return ViTRegImageClassifierOutput(loss=loss, logits=logits, **passed_on(outputs))
+
+    def _classifier_input(self, outputs: ViTRegModelOutput) -> Tensor:
+        if self.config.pooling == "cls_mean":
+            second = mean_of_patches(cast(Tensor, outputs.patch_tokens), outputs.patch_mask)
+        elif self.config.pooling == "cls_register_mean":
+            second = cast(Tensor, outputs.register_tokens).mean(dim=1)
+        else:
+            return cast(Tensor, outputs.pooler_output)
+        return torch.cat([cast(Tensor, outputs.cls_token), second], dim=-1)
+
+
+class ViTRegForMaskedImageModeling(ViTRegPreTrainedModel):
+    """Predicts the pixels of masked patches with one linear layer, as SimMIM does (Xie et al., arXiv 2111.09886)."""
+
+    def __init__(self, config: ViTRegConfig) -> None:
+        super().__init__(config)
+        self.vitreg = ViTRegModel(config, use_mask_token=True)
+        patch_height, patch_width = config.patch_height_width
+        self.decoder = nn.Conv2d(config.hidden_size, config.num_channels * patch_height * patch_width, kernel_size=1)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        bool_masked_pos: Tensor | None = None,
+        pixel_mask: Tensor | None = None,
+        **kwargs: Unpack[ViTRegKwargs],
+    ) -> ViTRegMaskedImageModelingOutput:
+        """Reconstruct images.
+
+        Args:
+            pixel_values, pixel_mask: as in `ViTRegModel.forward`.
+            bool_masked_pos: `(B, P)`, True where a patch is masked; left out, nothing is and there is no loss.
+
+        Returns:
+            `ViTRegMaskedImageModelingOutput` with `reconstruction` `(B, C, H, W)` and the mean absolute error per value of
+            masked patches as `loss`.
+        """
+        outputs = self.vitreg(pixel_values, bool_masked_pos, pixel_mask, return_dict=True, **kwargs)
+        images, layout = cast(Tensor, pixel_values), self.vitreg.layout
+        height, width = images.shape[-2:]  # without what pad_to_patch_size added
+        reconstruction = layout.pixels(self.decoder(outputs.patch_map))[..., :height, :width]
+        loss = None
+        if bool_masked_pos is not None:
+            grid = cast(tuple[int, int], tuple(outputs.patch_map.shape[-2:]))
+            masked = layout.pixel_mask_of(bool_masked_pos.bool(), grid)[:, :height, :width]
+            masked = masked if pixel_mask is None else masked & pixel_mask.bool()
+            error = (images.to(reconstruction.dtype) - reconstruction).abs() * masked[:, None]
+            loss = error.sum() / (masked.sum() * images.shape[1]).clamp(min=1)
+        return ViTRegMaskedImageModelingOutput(loss=loss, reconstruction=reconstruction, **passed_on(outputs))
+
+
+class ViTRegForSemanticSegmentation(ViTRegPreTrainedModel):
+    """One linear layer on patch tokens, optionally behind BatchNorm: the linear segmentation evaluation of DINOv2."""
+
+    def __init__(self, config: ViTRegConfig) -> None:
+        super().__init__(config)
+        self.vitreg = ViTRegModel(config)
+        with_norm = config.segmentation_batch_norm
+        self.batch_norm = nn.BatchNorm2d(config.hidden_size) if with_norm else nn.Identity()
+        self.classifier = nn.Conv2d(config.hidden_size, config.num_labels, kernel_size=1)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        pixel_mask: Tensor | None = None,
+        **kwargs: Unpack[ViTRegKwargs],
+    ) -> ViTRegSemanticSegmenterOutput:
+        """Segment images.
+
+        Args:
+            pixel_values, pixel_mask: as in `ViTRegModel.forward`.
+            labels: class of every pixel, `(B, H, W)`; `semantic_loss_ignore_index` marks pixels without one.
+
+        Returns:
+            `ViTRegSemanticSegmenterOutput`. By Transformers' convention `logits` `(B, labels, rows, columns)` have the
+            resolution of the patch grid; the loss and the processor's `post_process_semantic_segmentation` upsample
+            them. With `pad_to_patch_size` they have that of the image, `(B, labels, H, W)`: only here is it known what
+            was padded.
+        """
+        outputs = self.vitreg(pixel_values, pixel_mask=pixel_mask, return_dict=True, **kwargs)
+        logits = self.classifier(self.batch_norm(outputs.patch_map))
+        if self.config.pad_to_patch_size:
+            logits = self._without_padding(logits, *cast(Tensor, pixel_values).shape[-2:])
+        loss = None if labels is None else self._loss(logits, labels)
+        return ViTRegSemanticSegmenterOutput(loss=loss, logits=logits, **passed_on(outputs))
+
+    def _without_padding(self, logits: Tensor, height: int, width: int) -> Tensor:
+        missing_rows, missing_columns = self.vitreg.layout.missing_pixels(height, width)
+        padded = (height + missing_rows, width + missing_columns)
+        return F.interpolate(logits, size=padded, mode="bilinear", align_corners=False)[..., :height, :width]
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if labels.ndim != 3 or labels.shape[0] != logits.shape[0]:
+            raise ValueError(f"Expected labels of shape ({logits.shape[0]}, height, width), got {tuple(labels.shape)}")
+        upsampled = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+        ignored = self.config.semantic_loss_ignore_index
+        if self.config.num_labels > 1:
+            return F.cross_entropy(upsampled, labels, ignore_index=ignored)
+        counted = labels != ignored
+        loss = F.binary_cross_entropy_with_logits(upsampled[:, 0], labels.to(upsampled.dtype), reduction="none")
+        return (loss * counted).sum() / counted.sum().clamp(min=1)
+
+
+class ViTRegBackbone(BackboneMixin, ViTRegModel):
+    """Feature maps of chosen stages (`out_features`, `out_indices`), for frameworks such as UperNet."""
+
+    def __init__(self, config: ViTRegConfig) -> None:
+        super().__init__(config)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self, pixel_values: Tensor, pixel_mask: Tensor | None = None, **kwargs: Unpack[ViTRegKwargs]
+    ) -> ViTRegBackboneOutput:
+        """Extract feature maps.
+
+        Args:
+            pixel_values, pixel_mask: as in `ViTRegModel.forward`.
+
+        Returns:
+            `ViTRegBackboneOutput` with one `feature_maps` entry per stage: `(B, D, rows, columns)`, or all tokens
+            `(B, N, D)` with `reshape_hidden_states=False`; after the final norm with `apply_layernorm=True`.
+        """
+        outputs = ViTRegModel.forward(self, pixel_values, pixel_mask=pixel_mask, return_dict=True, **kwargs)
+        states = [state for stage, state in zip(self.stage_names, outputs.hidden_states) if stage in self.out_features]
+        states = [self.layernorm(state) for state in states] if self.config.apply_layernorm else states
+        if self.config.reshape_hidden_states:
+            grid = tuple(outputs.patch_map.shape[-2:])
+            states = [self.layout.patch_map(state, grid) for state in states]
+        return ViTRegBackboneOutput(feature_maps=tuple(states), **passed_on(outputs))
+
+
+# Which class each Auto class finds. It stands here, not in the registration, because the files of this folder also travel
+# beside weights as remote code, where the map has to name all of them.
+AUTO_MODELS: dict[str, type[ViTRegPreTrainedModel]] = {
+    "AutoModel": ViTRegModel,
+    "AutoModelForImageClassification": ViTRegForImageClassification,
+    "AutoModelForMaskedImageModeling": ViTRegForMaskedImageModeling,
+    "AutoModelForSemanticSegmentation": ViTRegForSemanticSegmentation,
+    "AutoBackbone": ViTRegBackbone,
+}
+
+
+def _remote_code_map() -> dict[str, str]:
+    """Auto class -> `file.Class`, for every Auto class that a saved model of the family can be loaded with."""
+    classes: dict[str, type] = {"AutoConfig": ViTRegConfig, **AUTO_MODELS}
+    return {auto: f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}" for auto, cls in classes.items()}
+
+
+__all__ = [
+    "AUTO_MODELS",
+    "ViTRegPreTrainedModel",
+    "ViTRegModel",
+    "ViTRegForImageClassification",
+    "ViTRegForMaskedImageModeling",
+    "ViTRegForSemanticSegmentation",
+    "ViTRegBackbone",
+]

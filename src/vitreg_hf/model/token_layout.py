@@ -1,0 +1,108 @@
+# Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
+"""The order of tokens, `[CLS][registers][test-time registers][patches]`, and the patch grid.
+
+This is the only place that slices a token sequence or reshapes it to an image grid. Shapes used below:
+B images, N tokens, P patches (rows x columns, row-major), D channels, C image channels, H x W pixels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .configuration_vitreg import ViTRegConfig
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """How many tokens of each kind stand before the patches, and how large a patch is in pixels."""
+
+    num_cls: int
+    num_registers: int
+    num_test_time_registers: int
+    patch_size: tuple[int, int]
+
+    @classmethod
+    def from_config(cls, config: ViTRegConfig) -> "TokenLayout":
+        """Read the layout off a config."""
+        registers, test_time = config.num_register_tokens, config.num_test_time_registers
+        return cls(config.num_cls_tokens, registers, test_time, config.patch_height_width)
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens before the first patch."""
+        return self.num_cls + self.num_registers + self.num_test_time_registers
+
+    # Tokens
+
+    def join(self, cls_token: Tensor | None, registers: Tensor | None, patches: Tensor) -> Tensor:
+        """Build the sequence `(B, N, D)` from CLS `(1, 1, D)`, registers `(1, R, D)` and patches `(B, P, D)`."""
+        batch_size = patches.shape[0]
+        prefix = [token.expand(batch_size, -1, -1) for token in (cls_token, registers) if token is not None]
+        return torch.cat([*prefix, patches], dim=1)
+
+    def cls_token(self, tokens: Tensor) -> Tensor | None:
+        """View of the CLS token, `(B, D)`, or None if the model has none."""
+        return tokens[:, 0] if self.num_cls else None
+
+    def register_tokens(self, tokens: Tensor) -> Tensor | None:
+        """View of the trained registers, `(B, R, D)`, or None if there are none."""
+        return tokens[:, self.num_cls : self.num_cls + self.num_registers] if self.num_registers else None
+
+    def patch_tokens(self, tokens: Tensor) -> Tensor:
+        """View of the patches, `(B, P, D)`, in row-major grid order."""
+        return tokens[:, self.num_prefix :]
+
+    def patch_map(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """View of the patches as an image, `(B, D, rows, columns)`."""
+        return self.patch_tokens(tokens).unflatten(1, grid).permute(0, 3, 1, 2)
+
+    def prefix_queries(self, queries: Tensor) -> Tensor:
+        """View of what CLS and registers ask, `(B, heads, prefix, d)`, from the queries of all tokens."""
+        return queries[:, :, : self.num_prefix]
+
+    def attention_to_patches(self, attention: Tensor, grid: tuple[int, int]) -> Tensor:
+        """View of attention onto patches as images, `(..., rows, columns)`, from weights `(..., N)` over all tokens."""
+        return attention[..., self.num_prefix :].unflatten(-1, grid)
+
+    # Grid
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches in an image of `height` x `width` pixels, which the patch size divides."""
+        return height // self.patch_size[0], width // self.patch_size[1]
+
+    def missing_pixels(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of pixels that an image lacks to reach the next multiple of the patch size."""
+        return -height % self.patch_size[0], -width % self.patch_size[1]
+
+    def embedded_patches(self, feature_map: Tensor) -> Tensor:
+        """Sequence `(B, P, D)` from the output of the patch convolution, `(B, D, rows, columns)`."""
+        return feature_map.flatten(2).transpose(1, 2)
+
+    def pixels(self, patch_pixels: Tensor) -> Tensor:
+        """Image `(B, C, H, W)` from predicted pixels of every patch, `(B, C * patch height * patch width, rows, columns)`."""
+        batch_size, _, rows, columns = patch_pixels.shape
+        height, width = self.patch_size
+        patches = patch_pixels.reshape(batch_size, -1, height, width, rows, columns)
+        return patches.permute(0, 1, 4, 2, 5, 3).reshape(batch_size, -1, rows * height, columns * width)
+
+    def pixel_mask_of(self, patches_marked: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Mark the pixels `(B, H, W)` of the patches that are marked, `(B, P)`."""
+        on_grid = patches_marked.unflatten(1, grid)
+        return on_grid.repeat_interleave(self.patch_size[0], 1).repeat_interleave(self.patch_size[1], 2)
+
+    # Padding
+
+    def patch_mask(self, pixel_mask: Tensor) -> Tensor:
+        """Mark the patches `(B, P)` that hold at least one real pixel of `pixel_mask` `(B, H, W)`."""
+        blocks = pixel_mask.bool().unflatten(2, (-1, self.patch_size[1])).unflatten(1, (-1, self.patch_size[0]))
+        return blocks.any(dim=4).any(dim=2).flatten(1)
+
+    def token_mask(self, patch_mask: Tensor) -> Tensor:
+        """Mark the tokens `(B, N)` that take part: every prefix token, and the patches of `patch_mask` `(B, P)`."""
+        return torch.cat([patch_mask.new_ones(patch_mask.shape[0], self.num_prefix), patch_mask], dim=1)
+
+    def true_grids(self, patch_mask: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Rows and columns of real patches in each padded image, `(B, 2)`, from a mask `(B, P)`."""
+        on_grid = patch_mask.unflatten(1, grid)
+        return torch.stack([on_grid.any(dim=2).sum(dim=1), on_grid.any(dim=1).sum(dim=1)], dim=1)
