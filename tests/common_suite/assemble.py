@@ -34,7 +34,7 @@ _FILES = {
 
 _PYTEST_INI = """[pytest]
 testpaths = tests/models
-addopts = -p no:cacheprovider
+addopts = -p no:cacheprovider -p no:asyncio
 filterwarnings =
     ignore::pytest.PytestUnknownMarkWarning
 """

@@ -81,7 +81,7 @@ class Family:
     config_for_test: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     not_applicable: Mapping[str, str] = field(default_factory=lambda: NOT_FOR_VISION_TRANSFORMERS)
     plan_names_every_block: bool = True
-    minimum_run: int = 120
+    minimum_run: int = 125
 
     def load(self, name: str) -> Any:
         """The class called `name` in the family's module."""

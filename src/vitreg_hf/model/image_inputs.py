@@ -141,7 +141,8 @@ def _as_levels(values: Tensor) -> Tensor:
         return values.to(torch.uint8) * 255
     if values.dtype == torch.uint16:
         return (values.to(torch.float32) / LEVELS_16_TO_8_BIT).round().to(torch.uint8)
-    low, high = values.min().item(), values.max().item()
+    wide = values.to(torch.int64)  # torch cannot compare uint32
+    low, high = wide.min().item(), wide.max().item()
     if low < 0 or high > 255:
         raise ValueError(f"expected {values.dtype} pixels in 0..255, got {low}..{high}; 16 bit data must be uint16")
     return values.to(torch.uint8)

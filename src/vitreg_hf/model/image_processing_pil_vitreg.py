@@ -56,7 +56,7 @@ class ViTRegImageProcessorKwargs(ImagesKwargs, total=False):
 
 
 class ViTRegImageProcessorMixin(BaseImageProcessor):
-    """Options and order of work of both processors; a backend adds `process_image`, `resize` and `center_crop`."""
+    """Options and order of work of both processors; a backend adds what it does differently."""
 
     pad: Callable[..., Any]  # a backend's own
 
@@ -233,9 +233,13 @@ class ViTRegImageProcessorPil(ViTRegImageProcessorMixin, PilBackend):
         resized = [channel.resize((width, height), resample, reducing_gap=reducing_gap) for channel in channels]
         return np.stack([np.asarray(channel) for channel in resized])
 
-    # type ignored: both backends of Transformers narrow the base class in this way
-    def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs: Any) -> np.ndarray:  # type: ignore[override]
-        """Crop `(C, H, W)` to the middle `size`; edges that are too short are padded with zeros."""
+    def center_crop(  # type: ignore[override]  # narrowed as in Transformers' own backends
+        self, image: np.ndarray, size: SizeDict, **kwargs: Any
+    ) -> np.ndarray:
+        """Crop `(C, H, W)` to the middle `size`, padding short edges with zeros as torchvision's backend does.
+
+        Transformers' own PIL crop shifts the image by a pixel where the padding is odd.
+        """
         return center_crop(torch.from_numpy(image), size).numpy()
 
 

@@ -11,7 +11,7 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
 from transformers.utils import requires_backends
 
-from .image_inputs import center_crop, pil_filter, read_image, resize_nearest, resized_size
+from .image_inputs import pil_filter, read_image, resize_nearest, resized_size
 from .image_processing_pil_vitreg import ViTRegImageProcessorKwargs, ViTRegImageProcessorMixin
 
 
@@ -67,11 +67,6 @@ class ViTRegImageProcessor(ViTRegImageProcessorMixin, TorchvisionBackend):
         if _needs_two_passes(image, resample):
             image = super().resize(image, SizeDict(height=image.shape[-2], width=width), resample, antialias, **kwargs)
         return super().resize(image, SizeDict(height=height, width=width), resample, antialias, **kwargs)
-
-    # type ignored: both backends of Transformers narrow the base class in this way
-    def center_crop(self, image: Tensor, size: SizeDict, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        """Crop `(..., C, H, W)` to the middle `size`; edges that are too short are padded with zeros."""
-        return center_crop(image, size)
 
 
 __all__ = ["ViTRegImageProcessor"]

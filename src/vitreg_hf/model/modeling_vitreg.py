@@ -594,7 +594,7 @@ class ViTRegForSemanticSegmentation(ViTRegPreTrainedModel):
         self.vitreg = ViTRegModel(config)
         with_norm = config.segmentation_batch_norm
         self.batch_norm = nn.BatchNorm2d(config.hidden_size) if with_norm else nn.Identity()
-        self.classifier = nn.Conv2d(config.hidden_size, config.num_labels, kernel_size=1)
+        self.decode_head = nn.Conv2d(config.hidden_size, config.num_labels, kernel_size=1)
         self.post_init()
 
     @can_return_tuple
@@ -618,7 +618,7 @@ class ViTRegForSemanticSegmentation(ViTRegPreTrainedModel):
             was padded.
         """
         outputs = self.vitreg(pixel_values, pixel_mask=pixel_mask, return_dict=True, **kwargs)
-        logits = self.classifier(self.batch_norm(outputs.patch_map))
+        logits = self.decode_head(self.batch_norm(outputs.patch_map))
         if self.config.pad_to_patch_size:
             logits = self._without_padding(logits, *cast(Tensor, pixel_values).shape[-2:])
         loss = None if labels is None else self._loss(logits, labels)

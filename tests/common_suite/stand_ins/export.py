@@ -22,7 +22,7 @@ _SHAPES = parameterized.expand([("static", False), ("dynamic", True)])
 
 class ExportTesterMixin:
     @_SHAPES
-    def test_torch_export(self, _name: str, dynamic: bool) -> None:
+    def test_torch_export(self, name: str, dynamic: bool) -> None:
         def check(model: Any, inputs: Inputs) -> None:
             exported = DynamoExporter().export(model, copy.deepcopy(inputs), config=DynamoConfig(dynamic=dynamic))
             self._compare(exported, model, inputs, tolerance=1e-4)
@@ -35,7 +35,7 @@ class ExportTesterMixin:
     @_SHAPES
     @require_onnxscript
     @require_onnxruntime
-    def test_onnx_export(self, _name: str, dynamic: bool) -> None:
+    def test_onnx_export(self, name: str, dynamic: bool) -> None:
         from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
         def check(model: Any, inputs: Inputs) -> None:
@@ -46,7 +46,7 @@ class ExportTesterMixin:
 
     @_SHAPES
     @require_executorch
-    def test_executorch_export(self, _name: str, dynamic: bool) -> None:
+    def test_executorch_export(self, name: str, dynamic: bool) -> None:
         from transformers.exporters.exporter_executorch import ExecutorchConfig, ExecutorchExporter
 
         def check(model: Any, inputs: Inputs) -> None:
@@ -70,11 +70,10 @@ class ExportTesterMixin:
         with torch.no_grad():
             expected = get_leaf_tensors(model(**copy.deepcopy(inputs)))
             got = _call(exported, copy.deepcopy(inputs))
-        if isinstance(got, (list, tuple)):  # an ONNX program of older versions returns values without names
-            got = dict(zip(expected, got, strict=True))
-        else:
-            got = get_leaf_tensors(got)
-        self.assertEqual(list(got), list(expected))
+        # An ONNX program of older versions returns values without names.
+        unnamed = isinstance(got, (list, tuple))
+        got = dict(zip(expected, got, strict=True)) if unnamed else get_leaf_tensors(got)
+        assert list(got) == list(expected)
         for name, value in expected.items():
             torch.testing.assert_close(got[name].to(value.device), value, atol=tolerance, rtol=tolerance)
 

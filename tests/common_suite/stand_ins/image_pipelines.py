@@ -56,7 +56,7 @@ class ImageFeatureExtractionPipelineTests(_ImagePipelineTests):
     def run_pipeline_test(self, extract: Pipeline, examples: list[Image.Image]) -> None:
         hidden_size = extract.model.config.hidden_size
         tokens = extract(examples[0], return_tensors=True)
-        assert tokens.ndim == 3 and tokens.shape[0] == 1 and tokens.shape[2] == hidden_size
+        assert tokens.shape == (1, tokens.shape[1], hidden_size)
         assert extract(examples[0]) == tokens.tolist()
         pool = pipeline(self.task, model=extract.model, image_processor=extract.image_processor, pool=True)
         assert np.shape(pool(examples[0])) == (1, hidden_size)

@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
-import transformers
-from transformers import AutoConfig
-from transformers.models.auto import modeling_auto
-from transformers.testing_utils import torch_device
-
 import tests.test_image_processing_common as image_processing
 import tests.test_pipeline_mixin as pipeline_mixin
+import torch
+import transformers
 from tests.families import FAMILIES, TINY
 from tests.images import NUM_LABELS, ImageModelTester
 from tests.test_backbone_common import BackboneTesterMixin
 from tests.test_configuration_common import ConfigTester
 from tests.test_modeling_common import ModelTesterMixin
+from transformers import AutoConfig
+from transformers.models.auto import modeling_auto
+from transformers.testing_utils import torch_device
 
 FAMILY = FAMILIES[Path(__file__).resolve().parent.name]
 CONFIG = FAMILY.load(FAMILY.config)
@@ -124,46 +123,46 @@ class ModelTest(FamilyTest, ModelTesterMixin, pipeline_mixin.PipelineTesterMixin
         """The mixin's version wants an `nn.Embedding`; here the input layer embeds patches."""
         for model_class in self.all_model_classes:
             model = model_class(self.model_tester.get_config())
-            self.assertIsInstance(model.get_input_embeddings(), torch.nn.Module)
-            self.assertIsInstance(model.get_output_embeddings(), torch.nn.Linear | None)
+            assert isinstance(model.get_input_embeddings(), torch.nn.Module)
+            assert isinstance(model.get_output_embeddings(), torch.nn.Linear | None)
 
     def test_output_shapes(self) -> None:
         tester = self.model_tester
         images, batch = tester.images(), tester.batch_size
         with torch.no_grad():
             hidden = tester.build(FAMILY.model)(images).last_hidden_state
-            self.assertEqual(hidden.shape, (batch, tester.seq_length, tester.hidden_size))
+            assert hidden.shape == (batch, tester.seq_length, tester.hidden_size)
             classifier = tester.build(FAMILY.image_classification, num_labels=NUM_LABELS)
             output = classifier(images, labels=tester.labels())
-            self.assertEqual((output.logits.shape, output.loss.shape), ((batch, NUM_LABELS), ()))
+            assert (output.logits.shape, output.loss.shape) == ((batch, NUM_LABELS), ())
             if FAMILY.masked_image_modeling:
                 masked = torch.rand(batch, tester.num_patches, device=torch_device) < 0.5
                 output = tester.build(FAMILY.masked_image_modeling)(images, bool_masked_pos=masked)
-                self.assertEqual((output.reconstruction.shape, output.loss.shape), (images.shape, ()))
+                assert (output.reconstruction.shape, output.loss.shape) == (images.shape, ())
             if FAMILY.semantic_segmentation:
                 labels = torch.randint(NUM_LABELS, (batch, *images.shape[2:]), device=torch_device)
                 model = tester.build(FAMILY.semantic_segmentation, num_labels=NUM_LABELS)
                 output = model(images, labels=labels)
-                self.assertEqual((output.logits.shape[:2], output.loss.shape), ((batch, NUM_LABELS), ()))
+                assert (output.logits.shape[:2], output.loss.shape) == ((batch, NUM_LABELS), ())
 
     def test_grey_images(self) -> None:
         model = self.model_tester.build(FAMILY.image_classification, num_channels=1, num_labels=NUM_LABELS)
         with torch.no_grad():
             logits = model(self.model_tester.images(num_channels=1)).logits
-        self.assertEqual(logits.shape, (self.model_tester.batch_size, NUM_LABELS))
+        assert logits.shape == (self.model_tester.batch_size, NUM_LABELS)
 
     def test_auto_classes(self) -> None:
         """Each Auto class builds and loads the class it was registered with."""
         for auto_name, name in HEADS.items():
             auto, expected = getattr(transformers, auto_name), FAMILY.load(name)
             model = auto.from_config(self.model_tester.get_config())
-            self.assertIs(type(model), expected)
+            assert type(model) is expected
             with tempfile.TemporaryDirectory() as folder:
                 model.save_pretrained(folder)
-                self.assertIs(type(AutoConfig.from_pretrained(folder)), CONFIG)
+                assert type(AutoConfig.from_pretrained(folder)) is CONFIG
                 # `AutoBackbone.from_pretrained` asks the Hub about a local folder, and raises.
                 loader = expected if auto_name == "AutoBackbone" else auto
-                self.assertIs(type(loader.from_pretrained(folder)), expected)
+                assert type(loader.from_pretrained(folder)) is expected
 
 
 class BackboneTest(FamilyTest, BackboneTesterMixin, unittest.TestCase):
@@ -175,7 +174,7 @@ class BackboneTest(FamilyTest, BackboneTesterMixin, unittest.TestCase):
         with torch.no_grad():
             maps = tester.build(FAMILY.backbone, out_indices=[1, 2])(tester.images()).feature_maps
         expected = (tester.batch_size, tester.hidden_size, tester.grid, tester.grid)
-        self.assertEqual([feature_map.shape for feature_map in maps], [expected, expected])
+        assert [feature_map.shape for feature_map in maps] == [expected, expected]
 
 
 class ProcessorTester(image_processing.ImageProcessingTester):
@@ -213,6 +212,8 @@ class ImageProcessingTest(*_SEGMENTATION_MIXINS, image_processing.ImageProcessin
             self.image_processor_tester = ProcessorTester(self)
             self.image_processing_classes = PROCESSORS
             self.image_processor_dict = processor_arguments()
+            if self._testMethodName == "test_call_numpy_4_channels":
+                self.image_processor_dict["do_convert_rgb"] = False  # as newer versions of the test say themselves
 
 
 class TrainingTest(FamilyTest, TrainingTesterMixin, unittest.TestCase):
@@ -265,12 +266,13 @@ class FSDPTest(FamilyTest, FSDPTesterMixin, unittest.TestCase):
             self.skipTest("the family keeps the plan that configs inherit")
         names = model._expand_parallel_plan(model._fsdp_plan)
         blocks = [name for name in names if name.rpartition(".")[2].isdigit()]
-        self.assertEqual(len(blocks), TINY["num_hidden_layers"])
+        assert len(blocks) == TINY["num_hidden_layers"]
 
 
 class TensorParallelTest(FamilyTest, TensorParallelTesterMixin, unittest.TestCase):
     def _get_tp_config(self, tie_word_embeddings: bool | None = None) -> Any:
-        return self.model_tester.get_config(num_labels=NUM_LABELS)
+        # 5.17 splits evenly or not at all.
+        return self.model_tester.get_config(num_labels=NUM_LABELS, intermediate_size=40)
 
 
 class MemoryCleanupTest(MemoryCleanupMixin, unittest.TestCase):

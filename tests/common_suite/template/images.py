@@ -3,10 +3,9 @@
 from typing import Any
 
 import torch
-from transformers.testing_utils import torch_device
-
 from tests.families import TINY, Family
 from tests.test_modeling_common import floats_tensor, ids_tensor
+from transformers.testing_utils import torch_device
 
 NUM_LABELS = 10
 

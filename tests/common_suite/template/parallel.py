@@ -7,13 +7,12 @@ processes, which import it too (see the stand-in for `distributed_testing_utils`
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-from torch.distributed.tensor import DTensor
-from transformers import AutoModelForImageClassification
-
 import tests.test_fsdp_mixin as fsdp
 import tests.test_tensor_parallel_mixin as tensor_parallel
+import torch
 from tests.distributed_testing_utils import _start_rank_processes
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForImageClassification
 
 FSDPTesterMixin = fsdp.FSDPTesterMixin
 TensorParallelTesterMixin = tensor_parallel.TensorParallelTesterMixin

@@ -1,0 +1,97 @@
+# Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
+"""What a training leaves behind: the folder, `results.json`, and where it ran."""
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from vitreg_hf.model.configuration_vitreg import ViTRegConfig
+from vitreg_hf.training.labelled_images import ImageClassificationData
+from vitreg_hf.training.settings import MODEL_SETTINGS
+from vitreg_hf.version import __version__
+
+_PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "datasets", "evaluate", "numpy")
+
+
+def describe_model(config: ViTRegConfig, name: str, parameters: int) -> dict[str, Any]:
+    """Section `model` of the results: name, size and shape."""
+    shape = {field: getattr(config, field) for field in MODEL_SETTINGS}
+    return {"name": name, "parameters": parameters, **shape}
+
+
+def describe_data(data: ImageClassificationData, skipped: list[str]) -> dict[str, Any]:
+    """Section `data` of the results: where the images come from and how many there are."""
+    return {
+        "source": data.source,
+        "hub_id": data.hub_id,
+        "license": data.license,
+        "classes": data.class_names,
+        "train_images": len(data.train),
+        "evaluation_images": len(data.evaluation),
+        "evaluation_split": data.evaluation_split,
+        "skipped_images": skipped,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Version of Python and of every package that takes part in a training."""
+    packages = {name: version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), "vitreg_hf": __version__, **packages}
+
+
+def hardware(accelerator: Accelerator) -> dict[str, Any]:
+    """What a training runs on, and how."""
+    on_gpu = accelerator.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(accelerator.device) if on_gpu else accelerator.device.type,
+        "processor": _processor_name(),
+        "cores": os.cpu_count(),
+        "processes": accelerator.num_processes,
+        "threads_per_process": torch.get_num_threads(),
+        "mixed_precision": accelerator.mixed_precision,
+    }
+
+
+def _processor_name() -> str:
+    """Model of the CPU as Linux names it; its architecture elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def write_results(results: dict[str, Any], path: Path) -> None:
+    """Write `results.json`; at `path` there is always a complete file, the old one or the new one.
+
+    Raises:
+        ValueError: if a number is not finite: JSON has none such, and a training that diverged has no results.
+    """
+    text = json.dumps(results, indent=2, allow_nan=False)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text + "\n")
+    os.replace(unfinished, path)
+
+
+@contextmanager
+def staged_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files move into `folder` when all are written, replacing those of the same name."""
+    staging = folder / ".unfinished"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        for file in sorted(staging.iterdir()):
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(staging)

@@ -1,0 +1,194 @@
+"""Image sizes at run time, padding, and every wrong input with its message."""
+
+import copy
+
+import pytest
+import torch
+
+from vitreg_hf import ViTRegForImageClassification, ViTRegForMaskedImageModeling, ViTRegModel
+
+
+@pytest.mark.parametrize("size", [(32, 32), (8, 8), (40, 24), (72, 8)])
+def test_any_size_that_the_patch_size_divides(make_config, size):
+    outputs = ViTRegModel(make_config()).eval()(torch.randn(2, 3, *size))
+    assert outputs.patch_map.shape == (2, 32, size[0] // 8, size[1] // 8)
+
+
+def test_pairs_for_image_and_patch_size(make_config):
+    model = ViTRegModel(make_config(image_size=(32, 48), patch_size=(8, 4))).eval()
+    assert model.embeddings.position_embeddings.shape == (1, 1 + 4 * 12, 32)
+    assert model(torch.randn(1, 3, 16, 20)).patch_map.shape == (1, 32, 2, 5)
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_any_number_of_channels(make_config, channels):
+    assert ViTRegModel(make_config(num_channels=channels))(torch.randn(1, channels, 32, 32)).patch_tokens.shape[1] == 16
+
+
+def test_a_size_that_the_patch_size_does_not_divide_is_an_error(make_config):
+    with pytest.raises(ValueError, match="image size that the patch size 8 x 8 divides, got 37 x 45.*pad_to_patch_size"):
+        ViTRegModel(make_config())(torch.randn(1, 3, 37, 45))
+
+
+def test_padding_to_the_patch_size_adds_zeros_at_right_and_bottom(make_config):
+    padding = ViTRegModel(make_config(pad_to_patch_size=True)).eval()
+    plain = ViTRegModel(make_config()).eval()
+    plain.load_state_dict(padding.state_dict())
+    pixels = torch.randn(1, 3, 37, 45)
+    by_hand = torch.zeros(1, 3, 40, 48)
+    by_hand[..., :37, :45] = pixels
+    torch.testing.assert_close(padding(pixels).last_hidden_state, plain(by_hand).last_hidden_state)
+
+
+WRONG_INPUTS = [
+    ((None,), {}, ValueError, "Expected pixel_values of shape .*got None"),
+    ((torch.zeros(1, 1, 32, 32),), {}, ValueError, r"Expected pixel_values of shape \(batch, 3, .*got \(1, 1, 32, 32\)"),
+    ((torch.zeros(3, 32, 32),), {}, ValueError, r"Expected pixel_values of shape .*got \(3, 32, 32\)"),
+    (
+        (torch.zeros(2, 3, 32, 32),),
+        {"pixel_mask": torch.ones(2, 16, 32)},
+        ValueError,
+        r"Expected pixel_mask of shape \(2, 32, 32\), got \(2, 16, 32\)",
+    ),
+    (
+        (torch.zeros(1, 3, 32, 32),),
+        {"pixel_mask": torch.eye(32)[None]},
+        ValueError,
+        "Expected pixel_mask to mark one rectangle at the top left",
+    ),
+    (
+        (torch.zeros(1, 3, 32, 32),),
+        {"bool_masked_pos": torch.ones(1, 16)},
+        ValueError,
+        "Expected use_mask_token=True in the config for bool_masked_pos, got False",
+    ),
+    (
+        (torch.zeros(1, 3, 32, 32),),
+        {"output_prefix_attentions": [3]},
+        ValueError,
+        r"Expected layers of 3 in output_prefix_attentions, got \[3\]",
+    ),
+    ((torch.zeros(1, 3, 32, 32),), {"output_atentions": True}, TypeError, "unexpected keyword.*'output_atentions'"),
+]
+
+
+@pytest.mark.parametrize(("args", "kwargs", "error", "message"), WRONG_INPUTS, ids=lambda value: str(value)[:30])
+def test_wrong_inputs_say_what_was_expected_and_what_came(make_config, args, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        ViTRegModel(make_config())(*args, **kwargs)
+
+
+def test_a_mask_of_the_wrong_length_is_refused(make_config):
+    model = ViTRegForMaskedImageModeling(make_config())
+    with pytest.raises(ValueError, match=r"Expected bool_masked_pos of shape \(1, 16\), got \(1, 9\)"):
+        model(torch.zeros(1, 3, 32, 32), bool_masked_pos=torch.ones(1, 9))
+
+
+def test_prefix_attention_needs_a_prefix(make_config):
+    model = ViTRegModel(make_config(use_cls_token=False, pooling="mean", num_register_tokens=0))
+    with pytest.raises(ValueError, match="Expected a model with CLS or registers for output_prefix_attentions"):
+        model(torch.zeros(1, 3, 32, 32), output_prefix_attentions=True)
+
+
+class TestPaddedBatches:
+    """Images of several sizes, padded to one: each must come out as it does alone."""
+
+    sizes = ((40, 24), (48, 48), (16, 40))
+
+    @pytest.fixture
+    def batch(self):
+        images = [torch.randn(3, *size) for size in self.sizes]
+        pixels, mask = torch.full((3, 3, 48, 48), 7.0), torch.zeros(3, 48, 48, dtype=torch.long)
+        for index, image in enumerate(images):
+            height, width = image.shape[-2:]
+            pixels[index, :, :height, :width] = image
+            mask[index, :height, :width] = 1
+        return images, pixels, mask
+
+    @pytest.mark.parametrize("pooling", ["cls", "mean", "cls_mean", "cls_register_mean"])
+    @pytest.mark.parametrize("backend", ["eager", "sdpa", "flex_attention"])
+    @torch.no_grad()
+    def test_equal_to_one_by_one(self, make_config, batch, backend, pooling):
+        images, pixels, mask = batch
+        model = ViTRegForImageClassification(make_config(pooling=pooling, attn_implementation=backend)).eval()
+        together = model(pixels, pixel_mask=mask)
+        for index, image in enumerate(images):
+            alone = model(image[None])
+            torch.testing.assert_close(together.logits[index], alone.logits[0], atol=1e-5, rtol=1e-5)
+            rows, columns = alone.patch_map.shape[-2:]
+            own = together.patch_map[index, :, :rows, :columns]
+            torch.testing.assert_close(own, alone.patch_map[0], atol=1e-5, rtol=1e-5)
+
+    def test_nothing_attends_to_padding(self, make_config, batch):
+        _, pixels, mask = batch
+        outputs = ViTRegModel(make_config()).eval()(
+            pixels, pixel_mask=mask, output_attentions=True, output_prefix_attentions=True
+        )
+        padding = torch.cat([torch.zeros(3, 5, dtype=torch.bool), ~outputs.patch_mask], dim=1)
+        for attention in (*outputs.attentions, *outputs.prefix_attentions):
+            on_padding = attention.masked_select(padding[:, None, None, :].expand_as(attention))
+            assert on_padding.numel()
+            assert (on_padding == 0).all()
+            torch.testing.assert_close(attention.sum(-1), torch.ones_like(attention.sum(-1)))
+
+    def test_the_mask_of_patches_is_returned(self, make_config, batch):
+        _, pixels, mask = batch
+        outputs = ViTRegModel(make_config()).eval()(pixels, pixel_mask=mask)
+        assert outputs.patch_mask.sum(1).tolist() == [5 * 3, 6 * 6, 2 * 5]
+        assert ViTRegModel(make_config())(pixels).patch_mask is None
+
+    def test_partly_real_patches_count_when_padding_to_the_patch_size(self, make_config):
+        model = ViTRegModel(make_config(pad_to_patch_size=True)).eval()
+        pixels, mask = torch.randn(1, 3, 37, 45), torch.ones(1, 37, 45)
+        assert model(pixels, pixel_mask=mask).patch_mask.sum() == 5 * 6
+        mask[:, :, 17:] = 0
+        assert model(pixels, pixel_mask=mask).patch_mask.sum() == 5 * 3
+
+
+class TestPositionCache:
+    pixels = torch.randn(1, 3, 48, 24)
+
+    def test_used_only_when_no_gradient_is_needed(self, make_config):
+        model = ViTRegModel(make_config()).eval()
+        model(self.pixels)
+        assert len(model.embeddings.position_cache) == 0
+        with torch.no_grad():
+            first, second = model(self.pixels), model(self.pixels)
+        assert len(model.embeddings.position_cache) == 1
+        assert torch.equal(first.last_hidden_state, second.last_hidden_state)
+
+    def test_frozen_positions_are_cached_while_the_rest_needs_a_gradient(self, make_config):
+        model = ViTRegModel(make_config()).eval()
+        model.embeddings.position_embeddings.requires_grad_(False)
+        model(self.pixels).pooler_output.sum().backward()
+        assert len(model.embeddings.position_cache) == 1
+
+    def test_own_size_needs_no_cache(self, make_config):
+        model = ViTRegModel(make_config()).eval()
+        with torch.no_grad():
+            model(torch.randn(1, 3, 32, 32))
+        assert len(model.embeddings.position_cache) == 0
+
+    @torch.no_grad()
+    def test_new_weights_are_noticed(self, make_config):
+        model, other = ViTRegModel(make_config()).eval(), ViTRegModel(make_config()).eval()
+        model(self.pixels)
+        model.load_state_dict(other.state_dict())
+        torch.testing.assert_close(model(self.pixels).last_hidden_state, other(self.pixels).last_hidden_state)
+
+    @torch.no_grad()
+    def test_training_empties_it(self, make_config):
+        model = ViTRegModel(make_config()).eval()
+        model(self.pixels)
+        model.train()
+        assert len(model.embeddings.position_cache) == 0
+        model(self.pixels)
+        assert len(model.embeddings.position_cache) == 0
+
+    @torch.no_grad()
+    def test_copies_do_not_share_it(self, make_config):
+        model = ViTRegModel(make_config()).eval()
+        model(self.pixels)
+        twin = copy.deepcopy(model)
+        twin.embeddings.position_cache.clear()
+        assert len(model.embeddings.position_cache) == 1
