@@ -4,8 +4,8 @@
     python examples/inference.py --model_dir outputs/digits
     python examples/inference.py --model_dir outputs/photos --images a.jpg b.png --top_k 3 --output_dir outputs/seen
 
-Without `--images` it takes a few digits of the test set. It prints the best classes of every image and the shapes of the
-features, and writes `attention.png`; a few seconds on one CPU core, most of them imports.
+Without `--images` it takes a few digits of the test set. It prints the best classes of every image and the shapes of
+the features, and writes `attention.png`; about ten seconds on one CPU core, most of them imports.
 """
 
 import argparse
@@ -34,8 +34,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, classes in zip(names, predictions, strict=True):
         print(f"{name}: " + ", ".join(f"{one['label']} {one['score']:.3f}" for one in classes))
 
-    extract = pipeline("image-feature-extraction", model=options.model_dir, return_tensors=True)
-    print(f"features of all tokens, image-feature-extraction pipeline: {tuple(extract(images[0]).shape)}")
+    # Loading reports the classifier's weights as unexpected: features do not need them.
+    extract = pipeline("image-feature-extraction", model=options.model_dir)
+    features = np.array([extract(image)[0] for image in images])
+    print(f"features of all tokens (images, tokens, channels): {features.shape}")
 
     processor = AutoImageProcessor.from_pretrained(options.model_dir)
     model = AutoModelForImageClassification.from_pretrained(options.model_dir).eval()
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     attention = prefix_attention(model, pixel_values)
     seen = processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
-    best = [f"{name}\n{classes[0]['label']} ({classes[0]['score']:.0%})" for name, classes in zip(names, predictions)]
+    best = [f"predicted: {classes[0]['label']} ({classes[0]['score']:.0%})" for classes in predictions]
     path = Path(options.output_dir or options.model_dir) / "attention.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     attention_figure(
@@ -56,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         attention.mean_over_heads(),
         path,
         token_names=attention.token_names,
-        captions=best,
-        title=f"{Path(options.model_dir).resolve().name}: attention in the last layer, {attention.layer + 1}",
+        captions=[f"{name}\n{guess}" for name, guess in zip(names, best, strict=True)],
+        title=f"{Path(options.model_dir).resolve().name}: attention in the last layer ({attention.layer + 1})",
     )
     print(f"picture: {path}")
 

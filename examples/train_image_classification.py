@@ -28,6 +28,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, PreTrainedModel
+from transformers.hf_argparser import DataClassType
 
 from vitreg_hf import ViTRegConfig, ViTRegForImageClassification, ViTRegImageProcessor
 from vitreg_hf.analysis.figures import training_curve
@@ -50,24 +51,11 @@ from vitreg_hf.training.labelled_images import (
 from vitreg_hf.training.launch import check_launch
 from vitreg_hf.training.metrics import Accuracy, TopKAccuracy
 from vitreg_hf.training.optim import create_ema, create_optimizer, create_schedule, optimizer_steps
-from vitreg_hf.training.results import (
-    describe_data,
-    describe_model,
-    hardware,
-    staged_folder,
-    versions,
-    write_results,
-)
-from vitreg_hf.training.settings import ImageClassificationSettings
+from vitreg_hf.training.results import describe_data, describe_training, staged_folder, write_results
+from vitreg_hf.training.settings import FILE_SETTINGS, ImageClassificationSettings
 
-# Where files lie and how long a training may go on: none of it changes the weights of an epoch.
-FREE_ON_RESUME = (
-    "output_dir",
-    "save_every_epochs",
-    "save_total_limit",
-    "resume_from_checkpoint",
-    "early_stopping_patience",
-)
+# Where files lie and how long a training may go on: none of it changes what an epoch does.
+FREE_ON_RESUME = (*FILE_SETTINGS, "early_stopping_patience")
 
 
 @dataclass
@@ -89,7 +77,7 @@ class Training:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, evaluate, and write model, processor, card, results and picture to the output folder."""
     started = time.perf_counter()
-    (settings,) = HfArgumentParser([ImageClassificationSettings]).parse_args_into_dataclasses(argv)
+    (settings,) = HfArgumentParser(DataClassType(ImageClassificationSettings)).parse_args_into_dataclasses(argv)
     config = settings.model_config()
     checkpoints = Path(settings.output_dir) / "checkpoints"
     checkpoint = checkpoint_to_resume(settings.resume_from_checkpoint, checkpoints)
@@ -126,9 +114,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     metrics = metrics or evaluate(run)  # a finished training was resumed
     if accelerator.is_main_process:
-        results = describe(run, data, [one.source for one in unreadable], progress, metrics)
-        results["seconds"]["total"] = before + time.perf_counter() - started
         model: Any = accelerator.unwrap_model(run.model) if run.ema is None else run.ema.module
+        results = {
+            **describe_training(settings, accelerator, model, progress),
+            "data": describe_data(data, skipped=[one.source for one in unreadable]),
+            "metrics": metrics,
+            "command": shlex.join(["python", *sys.argv]),
+        }
+        results["seconds"]["total"] = before + time.perf_counter() - started
         save(Path(settings.output_dir), model, processor, results)
     accelerator.end_training()
 
@@ -262,32 +255,6 @@ def fixed_settings(run: Training, data: ImageClassificationData) -> dict[str, An
     fixed = {name: value for name, value in asdict(run.settings).items() if name not in FREE_ON_RESUME}
     launch = {"processes": run.accelerator.num_processes, "mixed_precision": run.accelerator.mixed_precision}
     return fixed | launch | {"train_images": len(data.train), "classes": data.class_names}
-
-
-def describe(
-    run: Training, data: ImageClassificationData, skipped: list[str], progress: Progress, metrics: dict[str, Any]
-) -> dict[str, Any]:
-    """The content of `results.json`, but for the seconds in all."""
-    settings, model = run.settings, run.accelerator.unwrap_model(run.model)
-    name = f"vitreg-{Path(data.source).name}"
-    images_per_step = settings.per_device_train_batch_size * run.accelerator.num_processes
-    return {
-        "model": describe_model(model.config, name, model.num_parameters()),
-        "data": describe_data(data, skipped),
-        "hyperparameters": asdict(settings)
-        | {"total_train_batch_size": images_per_step * settings.gradient_accumulation_steps},
-        "metrics": metrics,
-        "evaluation": {
-            "epoch": progress.epoch,
-            "weights": "weights of the last epoch" if run.ema is None else "moving average of the weights",
-            "stopped_early": progress.epoch < settings.num_train_epochs,
-        },
-        "curve": progress.curve,
-        "versions": versions(),
-        "hardware": hardware(run.accelerator),
-        "seconds": {"train": sum(entry["seconds"] for entry in progress.curve)},
-        "command": shlex.join(["python", *sys.argv]),
-    }
 
 
 def save(folder: Path, model: PreTrainedModel, processor: ViTRegImageProcessor, results: dict[str, Any]) -> None:

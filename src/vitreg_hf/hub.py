@@ -15,7 +15,7 @@ _REQUIRED = {
     "model": ("name", "parameters", "num_register_tokens", "image_size", "patch_size", "hidden_size"),
     "data": (
         *("source", "hub_id", "license", "classes", "train_images"),
-        *("evaluation_images", "evaluation_split", "skipped_images"),
+        *("evaluation_images", "evaluation_split", "held_out_by", "skipped_images"),
     ),
     "hyperparameters": (),
     "metrics": ("accuracy", "loss", "n"),
@@ -202,7 +202,7 @@ def _data(data: dict[str, Any]) -> str:
     lines = [
         f"- Source: `{data['source']}`",
         f"- Training images: {data['train_images']}",
-        f"- Held-out images: {data['evaluation_images']} ({data['evaluation_split']})",
+        f"- Held-out images: {data['evaluation_images']} ({data['held_out_by']})",
         f"- Classes: {named}{rest}",
     ]
     if data["skipped_images"]:
@@ -215,7 +215,7 @@ def _evaluation(facts: dict[str, Any]) -> str:
     rows = [f"| {name} | {_percent(metrics[key])} |" for key, name in _METRIC_NAMES.items() if key in metrics]
     rows.append(f"| Cross-entropy (nats) | {metrics['loss']:.4f} |")
     return (
-        f"On {metrics['n']} held-out images ({facts['data']['evaluation_split']}), with the saved image processor\n"
+        f"On {metrics['n']} held-out images ({facts['data']['held_out_by']}), with the saved image processor\n"
         f"and the {evaluation['weights']}:\n\n{_table('metric', 'value', rows)}\n\n"
         + (_STOPPED_EARLY if evaluation["stopped_early"] else _LAST_EPOCH)
     )
@@ -223,6 +223,7 @@ def _evaluation(facts: dict[str, Any]) -> str:
 
 def _procedure(facts: dict[str, Any]) -> str:
     hardware, seconds = facts["hardware"], facts["seconds"]
+    processes = "one process" if hardware["processes"] == 1 else f"{hardware['processes']} processes"
     settings = {**facts["model"], **facts["hyperparameters"]}
     rows = [f"| {name} | {_cell(value)} |" for name, value in settings.items() if value is not None]
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
@@ -230,8 +231,8 @@ def _procedure(facts: dict[str, Any]) -> str:
         f"```bash\n{facts['command']}\n```\n\n"
         "Cross-entropy; AdamW without weight decay on tokens, positions, biases and norms; linear warm-up, then\n"
         f"cosine decay. Training with its evaluations took {seconds['train']:.0f} s ({seconds['total']:.0f} s with\n"
-        f"start and end) in {hardware['processes']} process(es) on {hardware['device']} ({hardware['processor']}),\n"
-        f"mixed precision: {hardware['mixed_precision']}.\n\n{_table('setting', 'value', rows)}\n\nVersions: {versions}."
+        f"start and end) in {processes} on {hardware['device']} ({hardware['processor']}), mixed precision:\n"
+        f"{hardware['mixed_precision']}.\n\n{_table('setting', 'value', rows)}\n\nVersions: {versions}."
     )
 
 

@@ -1,7 +1,7 @@
 """A slow reference of flash_attn's API, to check the FlashAttention-2 path where neither GPU nor library are at hand.
 
-It holds callers to the contract of the real library: half precision, layout `(batch, tokens, heads, head_dim)` or packed
-`(tokens, heads, head_dim)` with cumulative lengths, and it records the arguments of every call.
+It holds callers to the contract of the real library: half precision, layout `(batch, tokens, heads, head_dim)` or
+packed `(tokens, heads, head_dim)` with cumulative lengths, and it records the arguments of every call.
 """
 
 import types

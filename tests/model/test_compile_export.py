@@ -30,8 +30,8 @@ def _fresh_compiler():
 
 
 class TestCompile:
-    # The traced graphs of AOTAutograd run without a code generator, which would take a minute per test on CPU and compile
-    # the same graphs; one test below runs the default backend.
+    # The traced graphs of AOTAutograd run without a code generator, which would take a minute per test on CPU and
+    # compile the same graphs; one test below runs the default backend.
     backend = "aot_eager"
 
     def compiled(self, model, **kwargs):
@@ -44,9 +44,7 @@ class TestCompile:
         compiled = self.compiled(model)
         for size in SIZES[:3]:
             pixels = torch.randn(*size)
-            torch.testing.assert_close(
-                compiled(pixels).patch_map, model(pixels).patch_map, atol=1e-5, rtol=1e-5
-            )
+            torch.testing.assert_close(compiled(pixels).patch_map, model(pixels).patch_map, atol=1e-5, rtol=1e-5)
 
     @torch.no_grad()
     def test_hidden_states_and_attentions(self, make_config):
@@ -132,9 +130,7 @@ class TestExport:
         ).module()
         for size in SIZES:
             pixels = torch.randn(*size)
-            torch.testing.assert_close(
-                program(pixels).patch_map, model(pixels).patch_map, atol=1e-5, rtol=1e-5
-            )
+            torch.testing.assert_close(program(pixels).patch_map, model(pixels).patch_map, atol=1e-5, rtol=1e-5)
 
     @pytest.mark.parametrize("offset", [0.0, 0.1])
     @pytest.mark.parametrize("antialias", [True, False])
@@ -166,7 +162,10 @@ class TestExport:
         axes = {0: Dim.AUTO, 1: Dim.AUTO, 2: Dim.AUTO}
         example = {"pixel_values": torch.randn(2, 3, 37, 45), "pixel_mask": torch.ones(2, 37, 45)}
         program = torch.export.export(
-            model, (), example, dynamic_shapes={"pixel_values": {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}, "pixel_mask": axes}
+            model,
+            (),
+            example,
+            dynamic_shapes={"pixel_values": {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}, "pixel_mask": axes},
         ).module()
         for batch, height, width in [(2, 37, 45), (3, 61, 18), (2, 40, 48)]:
             pixels, mask = torch.randn(batch, 3, height, width), torch.ones(batch, height, width)
@@ -220,7 +219,9 @@ class TestOnnx:
             for mine, theirs in zip(found, attentions, strict=True):
                 torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
 
-    @pytest.mark.filterwarnings("ignore:.*The axis name. .* will not be used")  # said of every axis that two inputs share
+    @pytest.mark.filterwarnings(
+        "ignore:.*The axis name. .* will not be used"
+    )  # said of every axis that two inputs share
     def test_with_padding(self, make_config, tmp_path):
         model = ViTRegForImageClassification(make_config(pad_to_patch_size=True, pooling="cls_mean")).eval()
         example = {"pixel_values": torch.randn(2, 3, 37, 45), "pixel_mask": torch.ones(2, 37, 45)}

@@ -40,12 +40,18 @@ WRONG_VALUES = [
     ({"patch_size": -16}, "Expected patch_size to be a positive integer or a pair"),
     ({"pooling": "max"}, "Expected pooling to be one of cls, mean, cls_mean, cls_register_mean, got 'max'"),
     ({"drop_path_schedule": "cosine"}, "Expected drop_path_schedule to be one of linear, uniform, got 'cosine'"),
-    ({"position_interpolation_mode": "nearest"}, "Expected position_interpolation_mode to be one of bicubic, bilinear"),
+    (
+        {"position_interpolation_mode": "nearest"},
+        "Expected position_interpolation_mode to be one of bicubic, bilinear",
+    ),
     ({"hidden_act": "wish"}, "Expected hidden_act to be one of .*gelu.*got 'wish'"),
     ({"use_cls_token": False}, "Expected pooling to be mean, as use_cls_token=False.*got 'cls'"),
     ({"pooling": "cls_register_mean", "num_register_tokens": 0}, "Expected num_register_tokens to be at least 1"),
     ({"output_prefix_attentions": [12]}, "Expected output_prefix_attentions to be layers of 12, got 12"),
-    ({"num_registers": 4}, "Expected a field of ViTRegConfig, got 'num_registers'; did you mean 'num_register_tokens'"),
+    (
+        {"num_registers": 4},
+        "Expected a field of ViTRegConfig, got 'num_registers'; did you mean 'num_register_tokens'",
+    ),
     ({"xyzzy": 4}, "Expected a field of ViTRegConfig, got 'xyzzy'$"),
 ]
 
@@ -132,9 +138,7 @@ def test_backbone_stages_follow_the_depth():
         ViTRegConfig(num_hidden_layers=3, out_features=["stage4"])
 
 
-@pytest.mark.parametrize(
-    ("schedule", "rates"), [("linear", [0.0, 0.1, 0.2, 0.3]), ("uniform", [0.3, 0.3, 0.3, 0.3])]
-)
+@pytest.mark.parametrize(("schedule", "rates"), [("linear", [0.0, 0.1, 0.2, 0.3]), ("uniform", [0.3, 0.3, 0.3, 0.3])])
 def test_drop_path_schedules(schedule, rates):
     config = ViTRegConfig(num_hidden_layers=4, drop_path_rate=0.3, drop_path_schedule=schedule)
     assert config.drop_path_rates == pytest.approx(rates)

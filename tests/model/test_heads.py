@@ -170,7 +170,11 @@ class TestBackbone:
     def test_works_inside_upernet_and_trains(self, make_config):
         backbone_config = make_config(num_hidden_layers=4, out_indices=[1, 2, 3, 4], image_size=64)
         config = UperNetConfig(
-            backbone_config=backbone_config, hidden_size=16, auxiliary_channels=8, auxiliary_in_channels=32, num_labels=4
+            backbone_config=backbone_config,
+            hidden_size=16,
+            auxiliary_channels=8,
+            auxiliary_in_channels=32,
+            num_labels=4,
         )
         model = UperNetForSemanticSegmentation(config)
         images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 4, (2, 64, 64))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -23,8 +24,8 @@ from vitreg_hf.model import image_inputs, image_processing_pil_vitreg, image_pro
 from vitreg_hf.model.image_processing_pil_vitreg import ViTRegImageProcessorPil
 from vitreg_hf.model.image_processing_vitreg import ViTRegImageProcessor
 
-MODULES = [image_inputs, image_processing_pil_vitreg, image_processing_vitreg]
-PROCESSORS = [ViTRegImageProcessor, ViTRegImageProcessorPil]
+MODULES: list[Any] = [image_inputs, image_processing_pil_vitreg, image_processing_vitreg]
+PROCESSORS: list[Any] = [ViTRegImageProcessor, ViTRegImageProcessorPil]
 RAW = {"do_resize": False, "do_center_crop": False, "do_rescale": False, "do_normalize": False}
 both = pytest.mark.parametrize("processor_class", PROCESSORS)
 
@@ -35,7 +36,7 @@ def photos() -> list[np.ndarray]:
     return [np.array(photo) for photo in load_sample_images().images]
 
 
-def pixels(processor_class: type, image: object, **options: object) -> np.ndarray:
+def pixels(processor_class: Any, image: object, **options: Any) -> np.ndarray:
     """Pixel values of one image before rescaling and normalisation, `(C, H, W)`."""
     return processor_class(**{**RAW, **options})(image, return_tensors="np")["pixel_values"][0]
 
@@ -57,7 +58,7 @@ def first(image: np.ndarray) -> np.ndarray:
 
 
 @both
-def test_defaults_are_the_usual_vit_pipeline(processor_class: type, photos: list[np.ndarray]) -> None:
+def test_defaults_are_the_usual_vit_pipeline(processor_class: Any, photos: list[np.ndarray]) -> None:
     resized = PIL.Image.fromarray(photos[0]).resize((383, 256), Resampling.BICUBIC)
     cropped = np.array(resized)[16 : 16 + 224, 79 : 79 + 224] / 255
     expected = first((cropped - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225])
@@ -80,19 +81,19 @@ def test_defaults_are_the_usual_vit_pipeline(processor_class: type, photos: list
         ({"max_height": 100, "max_width": 100}, (66, 100)),
     ],
 )
-def test_resize_options(processor_class: type, photos: list[np.ndarray], size: object, expected: tuple) -> None:
+def test_resize_options(processor_class: Any, photos: list[np.ndarray], size: object, expected: tuple) -> None:
     assert pixels(processor_class, photos[0], do_resize=True, size=size).shape == (3, *expected)
 
 
 @both
-def test_size_that_says_too_little_is_refused(processor_class: type, photos: list[np.ndarray]) -> None:
+def test_size_that_says_too_little_is_refused(processor_class: Any, photos: list[np.ndarray]) -> None:
     with pytest.raises(ValueError, match=r"expected size with shortest_edge.*got .*longest_edge=50"):
         pixels(processor_class, photos[0], do_resize=True, size={"longest_edge": 50})
 
 
 @both
 @pytest.mark.parametrize(("height", "width"), [(30, 40), (31, 41), (9, 40), (30, 8), (7, 6)])
-def test_centre_crop_pads_what_is_too_small(processor_class: type, height: int, width: int) -> None:
+def test_centre_crop_pads_what_is_too_small(processor_class: Any, height: int, width: int) -> None:
     image = random_array(height, width, 3)
     expected = np.zeros((12, 13, 3), dtype=np.uint8)
     top, left = (12 - height) // 2 if height < 12 else 0, (13 - width) // 2 if width < 13 else 0
@@ -103,7 +104,7 @@ def test_centre_crop_pads_what_is_too_small(processor_class: type, height: int, 
 
 
 @both
-def test_steps_can_be_left_out(processor_class: type) -> None:
+def test_steps_can_be_left_out(processor_class: Any) -> None:
     image = random_array(8, 9, 3)
     rescaled = pixels(processor_class, image, do_rescale=True, rescale_factor=0.5)
     assert np.allclose(rescaled, first(image) * 0.5)
@@ -114,7 +115,7 @@ def test_steps_can_be_left_out(processor_class: type) -> None:
 
 
 @both
-def test_batches_may_be_lists_nested_lists_or_arrays(processor_class: type) -> None:
+def test_batches_may_be_lists_nested_lists_or_arrays(processor_class: Any) -> None:
     images = random_array(4, 10, 12, 3)
     processor = processor_class(**RAW)
     for given in (images, list(images), [list(images[:1]), list(images[1:])], [images[:3], images[3]]):
@@ -122,13 +123,13 @@ def test_batches_may_be_lists_nested_lists_or_arrays(processor_class: type) -> N
 
 
 @both
-def test_pipelines_call_works(processor_class: type, photos: list[np.ndarray]) -> None:
+def test_pipelines_call_works(processor_class: Any, photos: list[np.ndarray]) -> None:
     inputs = processor_class()(images=[PIL.Image.fromarray(photos[0])], return_tensors="pt").to(torch.float16)
     assert inputs["pixel_values"].dtype == torch.float16
 
 
 @both
-def test_inputs_are_not_written_to(processor_class: type) -> None:
+def test_inputs_are_not_written_to(processor_class: Any) -> None:
     image = np.random.default_rng(0).random((3, 20, 20)).astype(np.float32)
     before = image.copy()
     processor_class(size=20, crop_size=20)(torch.from_numpy(image), return_tensors="pt", disable_grouping=True)
@@ -166,9 +167,11 @@ def test_a_gpu_agrees_as_well(
     """The CPU made to resize as a GPU does: floats, no rounding between the passes unless we ask for two."""
     monkeypatch.setattr(_geometry, "_do_native_uint8_resize_on_cpu", lambda _: False)
     needs_two_passes = image_processing_vitreg._needs_two_passes
-    as_if_on_gpu = lambda image, resample: needs_two_passes(  # noqa: E731
-        SimpleNamespace(dtype=image.dtype, device=torch.device("cuda")), resample
-    )
+
+    def as_if_on_gpu(image: torch.Tensor, resample: Resampling) -> bool:
+        on_gpu: Any = SimpleNamespace(dtype=image.dtype, device=torch.device("cuda"))
+        return needs_two_passes(on_gpu, resample)
+
     monkeypatch.setattr(image_processing_vitreg, "_needs_two_passes", as_if_on_gpu)
     options = {"do_resize": True, "size": size, "resample": resample}
     torchvision, pil = (pixels(processor_class, photos[0], **options) for processor_class in PROCESSORS)
@@ -189,7 +192,13 @@ def test_cuda_agrees(photos: list[np.ndarray], size: tuple) -> None:
 def test_cuda_pads_masks_and_labels(photos: list[np.ndarray]) -> None:
     images = [photos[0], np.ascontiguousarray(photos[1][:300])]
     maps = [np.zeros(image.shape[:2], dtype=np.uint8) for image in images]
-    options = {"size": 64, "do_center_crop": False, "do_pad": True, "segmentation_maps": maps, "return_tensors": "pt"}
+    options: dict[str, Any] = {
+        "size": 64,
+        "do_center_crop": False,
+        "do_pad": True,
+        "segmentation_maps": maps,
+        "return_tensors": "pt",
+    }
     on_gpu, on_cpu = (ViTRegImageProcessor()(images, device=device, **options) for device in ("cuda", "cpu"))
     assert {value.device.type for value in on_gpu.values()} == {"cuda"}
     assert torch.equal(on_gpu["pixel_mask"].cpu(), on_cpu["pixel_mask"])
@@ -239,7 +248,7 @@ def test_filters_that_torchvision_lacks_are_refused(photos: list[np.ndarray]) ->
 
 @both
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB", "HSV"])
-def test_modes_become_rgb(processor_class: type, photos: list[np.ndarray], mode: str) -> None:
+def test_modes_become_rgb(processor_class: Any, photos: list[np.ndarray], mode: str) -> None:
     photo = PIL.Image.fromarray(photos[1][::8, ::8].copy())
     image = (
         (photo.convert("YCbCr") if mode == "LAB" else photo).convert(mode) if mode != "LAB" else photo.convert(mode)
@@ -261,7 +270,7 @@ def rgba_image() -> PIL.Image.Image:
 
 @both
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "RGBa"])
-def test_alpha_is_laid_over_white(processor_class: type, mode: str) -> None:
+def test_alpha_is_laid_over_white(processor_class: Any, mode: str) -> None:
     image = rgba_image().convert(mode)
     rgba = np.array(image.convert("RGBA")).astype(float)
     alpha = rgba[..., 3:] / 255
@@ -272,7 +281,7 @@ def test_alpha_is_laid_over_white(processor_class: type, mode: str) -> None:
 
 
 @both
-def test_transparent_colours_are_white(processor_class: type, tmp_path: Path) -> None:
+def test_transparent_colours_are_white(processor_class: Any, tmp_path: Path) -> None:
     palette = PIL.Image.fromarray(np.array([[0, 1, 2]], dtype=np.uint8)).convert("P")
     palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
     palette.save(tmp_path / "palette.png", transparency=1)
@@ -294,7 +303,7 @@ EIGHT_BIT = [0, 0, 1, 1, 4, 128, 254, 255, 255]
 
 @both
 @pytest.mark.parametrize("mode", ["I;16", "I;16L", "I;16B", "I"])
-def test_sixteen_bit_is_scaled_not_clipped(processor_class: type, mode: str) -> None:
+def test_sixteen_bit_is_scaled_not_clipped(processor_class: Any, mode: str) -> None:
     image = PIL.Image.fromarray(SIXTEEN_BIT.astype(np.int32)) if mode == "I" else PIL.Image.fromarray(SIXTEEN_BIT)
     image = image if image.mode == mode else image.convert("I").convert(mode)
     found = pixels(processor_class, image)
@@ -304,7 +313,7 @@ def test_sixteen_bit_is_scaled_not_clipped(processor_class: type, mode: str) -> 
 
 
 @both
-def test_sixteen_bit_files(processor_class: type, tmp_path: Path) -> None:
+def test_sixteen_bit_files(processor_class: Any, tmp_path: Path) -> None:
     PIL.Image.fromarray(SIXTEEN_BIT).save(tmp_path / "deep.png")
     assert mode_of(tmp_path / "deep.png") == "I;16"
     assert (pixels(processor_class, str(tmp_path / "deep.png"))[:, 0] == EIGHT_BIT).all()
@@ -314,14 +323,14 @@ def test_sixteen_bit_files(processor_class: type, tmp_path: Path) -> None:
 
 @both
 @pytest.mark.parametrize("value", [-1, 65536])
-def test_wider_integers_are_refused(processor_class: type, value: int) -> None:
+def test_wider_integers_are_refused(processor_class: Any, value: int) -> None:
     image = PIL.Image.fromarray(np.array([[0, value]], dtype=np.int32))
     with pytest.raises(ValueError, match=rf"expected values 0..65535 in a PIL image of mode 'I', got .*{value}"):
         pixels(processor_class, image)
 
 
 @both
-def test_float_images_of_pil_hold_grey_levels(processor_class: type) -> None:
+def test_float_images_of_pil_hold_grey_levels(processor_class: Any) -> None:
     image = PIL.Image.fromarray(np.array([[0, 0.4, 0.6, 200, 255]], dtype=np.float32))
     assert (pixels(processor_class, image)[:, 0] == [0, 0, 1, 200, 255]).all()
     for bad in (-0.5, 255.5, np.nan):
@@ -333,7 +342,7 @@ def test_float_images_of_pil_hold_grey_levels(processor_class: type) -> None:
 @pytest.mark.parametrize(
     ("mode", "channels"), [("1", 1), ("L", 1), ("I;16", 1), ("LA", 2), ("P", 3), ("RGB", 3), ("RGBA", 4), ("CMYK", 4)]
 )
-def test_without_conversion_images_keep_their_channels(processor_class: type, mode: str, channels: int) -> None:
+def test_without_conversion_images_keep_their_channels(processor_class: Any, mode: str, channels: int) -> None:
     image = PIL.Image.fromarray(SIXTEEN_BIT) if mode == "I;16" else rgba_image().convert("RGB").convert(mode)
     found = pixels(processor_class, image, do_convert_rgb=False)
     assert found.shape[0] == channels
@@ -349,7 +358,7 @@ def test_without_conversion_images_keep_their_channels(processor_class: type, mo
 
 
 @both
-def test_cmyk_jpeg(processor_class: type, photos: list[np.ndarray], tmp_path: Path) -> None:
+def test_cmyk_jpeg(processor_class: Any, photos: list[np.ndarray], tmp_path: Path) -> None:
     photo = PIL.Image.fromarray(photos[1])
     photo.convert("CMYK").save(tmp_path / "print.jpg", quality=95)
     assert mode_of(tmp_path / "print.jpg") == "CMYK"
@@ -357,7 +366,7 @@ def test_cmyk_jpeg(processor_class: type, photos: list[np.ndarray], tmp_path: Pa
 
 
 @both
-def test_exif_orientation_of_files_is_applied(processor_class: type, tmp_path: Path) -> None:
+def test_exif_orientation_of_files_is_applied(processor_class: Any, tmp_path: Path) -> None:
     image = PIL.Image.fromarray(random_array(6, 9, 3))
     exif = PIL.Image.Exif()
     exif[0x0112] = 6  # shown upright after a quarter turn clockwise
@@ -366,20 +375,25 @@ def test_exif_orientation_of_files_is_applied(processor_class: type, tmp_path: P
 
 
 @both
-def test_base64_and_urls_are_loaded(processor_class: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_base64_and_urls_are_loaded(processor_class: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = PIL.Image.fromarray(random_array(6, 9, 3))
     image.save(tmp_path / "image.png")
     text = base64.b64encode((tmp_path / "image.png").read_bytes()).decode()
     for source in (text, f"data:image/png;base64,{text}"):
         assert np.array_equal(pixels(processor_class, source), first(np.array(image)))
-    asked = []
-    monkeypatch.setattr(image_inputs, "load_image", lambda url: asked.append(url) or image)
+    asked: list[str] = []
+
+    def remember(url: str) -> PIL.Image.Image:
+        asked.append(url)
+        return image
+
+    monkeypatch.setattr(image_inputs, "load_image", remember)
     assert np.array_equal(pixels(processor_class, ["https://example.org/a.png"]), first(np.array(image)))
     assert asked == ["https://example.org/a.png"]
 
 
 @both
-def test_files_that_cannot_be_read_are_named(processor_class: type, tmp_path: Path) -> None:
+def test_files_that_cannot_be_read_are_named(processor_class: Any, tmp_path: Path) -> None:
     PIL.Image.fromarray(random_array(60, 90, 3)).save(tmp_path / "whole.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "whole.png").read_bytes()[:500])
     (tmp_path / "text.jpg").write_text("no image")
@@ -396,7 +410,7 @@ def test_files_that_cannot_be_read_are_named(processor_class: type, tmp_path: Pa
 
 @both
 @pytest.mark.parametrize("as_array", [np.asarray, torch.from_numpy])
-def test_arrays_become_rgb(processor_class: type, as_array: object) -> None:
+def test_arrays_become_rgb(processor_class: Any, as_array: Any) -> None:
     grey, rgba = random_array(8, 9), random_array(8, 9, 4)
     for one_channel in (grey, grey[None], grey[..., None]):
         assert np.array_equal(pixels(processor_class, as_array(one_channel)), np.stack([grey] * 3))
@@ -411,7 +425,7 @@ def test_arrays_become_rgb(processor_class: type, as_array: object) -> None:
 
 
 @both
-def test_number_types_of_arrays(processor_class: type) -> None:
+def test_number_types_of_arrays(processor_class: Any) -> None:
     sixteen = np.stack([SIXTEEN_BIT] * 3)
     for deep in (sixteen, torch.from_numpy(sixteen), sixteen.astype(">u2")):
         assert (pixels(processor_class, deep)[:, 0] == EIGHT_BIT).all()
@@ -432,7 +446,7 @@ def test_number_types_of_arrays(processor_class: type) -> None:
 
 
 @both
-def test_array_values_out_of_range_are_refused(processor_class: type) -> None:
+def test_array_values_out_of_range_are_refused(processor_class: Any) -> None:
     with pytest.raises(ValueError, match=r"expected torch.int64 pixels in 0..255, got 0..300; 16 bit data must be"):
         pixels(processor_class, np.array([[0, 300]]))
     with pytest.raises(ValueError, match=r"expected float RGBA values in 0..1, got 0.0..2.0"):
@@ -440,7 +454,7 @@ def test_array_values_out_of_range_are_refused(processor_class: type) -> None:
 
 
 @both
-def test_what_is_no_image_is_refused(processor_class: type) -> None:
+def test_what_is_no_image_is_refused(processor_class: Any) -> None:
     processor = processor_class()
     with pytest.raises(ValueError, match="expected at least one image, got none"):
         processor([], return_tensors="pt")
@@ -458,7 +472,7 @@ def test_what_is_no_image_is_refused(processor_class: type) -> None:
 @both
 @pytest.mark.parametrize("channels", [1, 2, 5, 13])
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
-def test_any_channel_count_is_resized_per_channel(processor_class: type, channels: int, dtype: str) -> None:
+def test_any_channel_count_is_resized_per_channel(processor_class: Any, channels: int, dtype: str) -> None:
     image = random_array(40, 50, channels, dtype=dtype)
     options = {"do_convert_rgb": False, "do_resize": True, "size": 30, "do_center_crop": True, "crop_size": 28}
     found = pixels(processor_class, image, **options)
@@ -482,7 +496,7 @@ def test_backends_agree_for_any_channel_count(channels: int) -> None:
 
 
 @both
-def test_channel_axis_is_the_smaller_one_unless_told(processor_class: type) -> None:
+def test_channel_axis_is_the_smaller_one_unless_told(processor_class: Any) -> None:
     options = {"do_convert_rgb": False}
     assert pixels(processor_class, random_array(6, 9, 5), **options).shape == (5, 6, 9)
     assert pixels(processor_class, random_array(5, 9, 6), **options).shape == (5, 9, 6)
@@ -498,7 +512,7 @@ def test_channel_axis_is_the_smaller_one_unless_told(processor_class: type) -> N
 
 @both
 @pytest.mark.parametrize("name", ["image_mean", "image_std"])
-def test_statistics_must_fit_the_channels(processor_class: type, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_must_fit_the_channels(processor_class: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     statistics = {"image_mean": [0.5] * 5, "image_std": [0.5] * 5, name: [0.5] * 3}
     processor = processor_class(**statistics)
     monkeypatch.setattr(processor, "resize", lambda *_, **__: pytest.fail("work started before the check"))
@@ -526,7 +540,7 @@ PAD = {"do_resize": False, "do_center_crop": False, "do_pad": True}
         ({"pad_size": {"height": 40, "width": 41}, "size_divisor": 16}, (48, 48)),
     ],
 )
-def test_padding_is_masked(processor_class: type, options: dict, expected: tuple) -> None:
+def test_padding_is_masked(processor_class: Any, options: dict, expected: tuple) -> None:
     images = unequal_images()
     processor = processor_class(**PAD, **options)
     batch = processor(images, return_tensors="pt")
@@ -556,7 +570,7 @@ def test_masks_agree_and_stay_masks() -> None:
 
 
 @both
-def test_padding_without_tensors_or_as_numpy(processor_class: type) -> None:
+def test_padding_without_tensors_or_as_numpy(processor_class: Any) -> None:
     processor = processor_class(**PAD)
     arrays = processor(unequal_images(), return_tensors="np")
     assert isinstance(arrays["pixel_mask"], np.ndarray)
@@ -565,7 +579,7 @@ def test_padding_without_tensors_or_as_numpy(processor_class: type) -> None:
 
 
 @both
-def test_padding_options_are_checked(processor_class: type) -> None:
+def test_padding_options_are_checked(processor_class: Any) -> None:
     processor = processor_class(**PAD)
     with pytest.raises(ValueError, match=r"pad_size=\(20, 20\), image_size=.*20, 30"):
         processor(unequal_images(), pad_size=20)
@@ -576,7 +590,7 @@ def test_padding_options_are_checked(processor_class: type) -> None:
 
 
 @both
-def test_images_that_do_not_stack_are_refused(processor_class: type) -> None:
+def test_images_that_do_not_stack_are_refused(processor_class: Any) -> None:
     processor = processor_class(do_resize=False, do_center_crop=False)
     with pytest.raises(ValueError, match=r"expected images of one shape to stack, got .*\(3, 20, 30\).*do_pad=True"):
         processor(unequal_images(), return_tensors="pt")
@@ -584,7 +598,7 @@ def test_images_that_do_not_stack_are_refused(processor_class: type) -> None:
 
 
 @both
-def test_channels_last_output_is_refused(processor_class: type) -> None:
+def test_channels_last_output_is_refused(processor_class: Any) -> None:
     with pytest.raises(ValueError, match="expected data_format 'channels_first', got 'channels_last'"):
         processor_class()(unequal_images(), data_format="channels_last")
 
@@ -594,8 +608,9 @@ def test_channels_last_output_is_refused(processor_class: type) -> None:
 
 @both
 @pytest.mark.parametrize("kind", ["uint8", "int64", "uint16", "torch", "L", "P", "I;16", "file"])
-def test_label_maps_keep_their_values(processor_class: type, kind: str, tmp_path: Path) -> None:
+def test_label_maps_keep_their_values(processor_class: Any, kind: str, tmp_path: Path) -> None:
     labels = random_array(20, 30, high=200)
+    given: Any
     if kind in ("uint8", "int64", "uint16"):
         given = labels.astype(kind)
     elif kind == "torch":
@@ -616,7 +631,7 @@ def test_label_maps_keep_their_values(processor_class: type, kind: str, tmp_path
 
 
 @both
-def test_label_maps_go_the_way_of_their_image(processor_class: type) -> None:
+def test_label_maps_go_the_way_of_their_image(processor_class: Any) -> None:
     """A map that is the image must stay it under a nearest resize, the crop and the padding."""
     image = random_array(40, 60, 3)
     options = {**RAW, "do_resize": True, "size": 30, "resample": 0, "do_center_crop": True}
@@ -631,7 +646,7 @@ def test_label_maps_go_the_way_of_their_image(processor_class: type) -> None:
 
 
 @both
-def test_label_maps_are_padded_with_the_ignored_label(processor_class: type) -> None:
+def test_label_maps_are_padded_with_the_ignored_label(processor_class: Any) -> None:
     images = unequal_images()
     maps = [random_array(*image.shape[:2], high=10) for image in images]
     batch = processor_class(**PAD, size_divisor=8)(images, maps, return_tensors="pt")
@@ -643,7 +658,7 @@ def test_label_maps_are_padded_with_the_ignored_label(processor_class: type) -> 
 
 @both
 @pytest.mark.parametrize("dtype", ["uint8", "int64"])
-def test_labels_can_be_reduced(processor_class: type, dtype: str) -> None:
+def test_labels_can_be_reduced(processor_class: Any, dtype: str) -> None:
     given = np.array([[0, 1, 2, 150, 254, 255]] * 2, dtype=dtype)
     batch = processor_class(**RAW)(random_array(2, 6, 3), given, do_reduce_labels=True, return_tensors="np")
     assert batch["labels"].tolist() == [[[255, 0, 1, 149, 253, 255]] * 2]
@@ -653,7 +668,7 @@ def test_labels_can_be_reduced(processor_class: type, dtype: str) -> None:
 
 
 @both
-def test_label_maps_must_fit_their_images(processor_class: type) -> None:
+def test_label_maps_must_fit_their_images(processor_class: Any) -> None:
     processor = processor_class()
     image = random_array(20, 30, 3)
     with pytest.raises(ValueError, match=r"as large as their images, \[\(20, 30\)\], got \[\(30, 20\)\]"):
@@ -670,7 +685,7 @@ def logits_output(*shape: int) -> SimpleNamespace:
 
 
 @both
-def test_post_processing_without_padding(processor_class: type) -> None:
+def test_post_processing_without_padding(processor_class: Any) -> None:
     processor, outputs = processor_class(), logits_output(3, 5, 7, 8)
     maps = processor.post_process_semantic_segmentation(outputs)
     assert torch.equal(torch.stack(maps), outputs.logits.argmax(1))
@@ -686,7 +701,7 @@ def test_post_processing_without_padding(processor_class: type) -> None:
 
 
 @both
-def test_post_processing_cuts_padding_off_first(processor_class: type) -> None:
+def test_post_processing_cuts_padding_off_first(processor_class: Any) -> None:
     """Logits of a padded batch, stride 4: what they say about padding must not reach the map."""
     processor, outputs = processor_class(), logits_output(2, 5, 8, 10)
     mask = torch.zeros(2, 32, 40, dtype=torch.int64)
@@ -704,20 +719,19 @@ def test_post_processing_cuts_padding_off_first(processor_class: type) -> None:
 
 def test_post_processing_of_a_patch_that_is_half_padding() -> None:
     """22 of 32 pixels are 5.5 logits of 4 pixels each: the map is stretched over those, not over 5 or 6."""
+    processor: Any = ViTRegImageProcessor()
     logits = torch.zeros(1, 2, 8, 8)
     logits[:, 0], logits[:, 1] = 3.0, torch.arange(8.0)[:, None] + 0.5  # label 1 wins below 2.5 rows of logits
     mask = torch.zeros(1, 32, 32)
     mask[:, :22, :] = 1
-    (labels,) = ViTRegImageProcessor().post_process_semantic_segmentation(
-        SimpleNamespace(logits=logits), [(22, 32)], mask
-    )
+    (labels,) = processor.post_process_semantic_segmentation(SimpleNamespace(logits=logits), [(22, 32)], mask)
     assert torch.equal(labels[:, 0], (torch.arange(22) + 0.5 > 12).long())
-    (labels,) = ViTRegImageProcessor().post_process_semantic_segmentation(SimpleNamespace(logits=logits), None, mask)
+    (labels,) = processor.post_process_semantic_segmentation(SimpleNamespace(logits=logits), None, mask)
     assert labels.shape == (6, 8)
 
 
 @both
-def test_post_processing_checks_counts(processor_class: type) -> None:
+def test_post_processing_checks_counts(processor_class: Any) -> None:
     processor, outputs = processor_class(), logits_output(2, 5, 8, 10)
     with pytest.raises(ValueError, match="expected 2 target_sizes, one per image of the logits, got 3"):
         processor.post_process_semantic_segmentation(outputs, [(1, 4)] * 3)
@@ -730,9 +744,7 @@ def test_post_processing_checks_counts(processor_class: type) -> None:
 
 @both
 @pytest.mark.parametrize("other_class", PROCESSORS)
-def test_saved_and_reloaded(
-    processor_class: type, other_class: type, tmp_path: Path, photos: list[np.ndarray]
-) -> None:
+def test_saved_and_reloaded(processor_class: Any, other_class: Any, tmp_path: Path, photos: list[np.ndarray]) -> None:
     options = {
         "size": {"height": 40, "width": 44},
         "resample": Resampling.BILINEAR,
@@ -768,7 +780,7 @@ def test_options_are_found_where_transformers_looks_for_them() -> None:
 
 
 @both
-def test_unknown_options_are_refused(processor_class: type) -> None:
+def test_unknown_options_are_refused(processor_class: Any) -> None:
     with pytest.raises(TypeError, match="do_resise"):
         processor_class()(random_array(30, 30, 3), do_resise=True)
 

@@ -22,11 +22,15 @@ def test_pairs_for_image_and_patch_size(make_config):
 
 @pytest.mark.parametrize("channels", [1, 5])
 def test_any_number_of_channels(make_config, channels):
-    assert ViTRegModel(make_config(num_channels=channels))(torch.randn(1, channels, 32, 32)).patch_tokens.shape[1] == 16
+    assert (
+        ViTRegModel(make_config(num_channels=channels))(torch.randn(1, channels, 32, 32)).patch_tokens.shape[1] == 16
+    )
 
 
 def test_a_size_that_the_patch_size_does_not_divide_is_an_error(make_config):
-    with pytest.raises(ValueError, match="image size that the patch size 8 x 8 divides, got 37 x 45.*pad_to_patch_size"):
+    with pytest.raises(
+        ValueError, match=r"image size that the patch size 8 x 8 divides, got 37 x 45.*pad_to_patch_size"
+    ):
         ViTRegModel(make_config())(torch.randn(1, 3, 37, 45))
 
 
@@ -42,7 +46,12 @@ def test_padding_to_the_patch_size_adds_zeros_at_right_and_bottom(make_config):
 
 WRONG_INPUTS = [
     ((None,), {}, ValueError, "Expected pixel_values of shape .*got None"),
-    ((torch.zeros(1, 1, 32, 32),), {}, ValueError, r"Expected pixel_values of shape \(batch, 3, .*got \(1, 1, 32, 32\)"),
+    (
+        (torch.zeros(1, 1, 32, 32),),
+        {},
+        ValueError,
+        r"Expected pixel_values of shape \(batch, 3, .*got \(1, 1, 32, 32\)",
+    ),
     ((torch.zeros(3, 32, 32),), {}, ValueError, r"Expected pixel_values of shape .*got \(3, 32, 32\)"),
     (
         (torch.zeros(2, 3, 32, 32),),

@@ -171,7 +171,7 @@ class TestAttentions:
         assert torch.equal(plain, asked)
 
     def test_prefix_attention_holds_no_map_of_all_tokens(self, make_config):
-        """The largest tensor made beside the fused kernel has prefix x tokens entries per head, not tokens x tokens."""
+        """The largest tensor beside the fused kernel has prefix x tokens entries per head, not tokens x tokens."""
         model = ViTRegModel(make_config()).eval()
         tokens = 5 + 32 * 32
         sizes = []
@@ -179,7 +179,9 @@ class TestAttentions:
         class Record(torch.utils._python_dispatch.TorchDispatchMode):
             def __torch_dispatch__(self, func, types, args=(), kwargs=None):
                 result = func(*args, **(kwargs or {}))
-                sizes.extend(r.numel() for r in (result if isinstance(result, tuple) else (result,)) if torch.is_tensor(r))
+                sizes.extend(
+                    r.numel() for r in (result if isinstance(result, tuple) else (result,)) if torch.is_tensor(r)
+                )
                 return result
 
         with torch.no_grad(), Record():

@@ -41,7 +41,14 @@ DINOV2_RENAMES = {"encoder.layer.": "layers.", "mlp.fc1": "mlp.up_proj", "mlp.fc
 @pytest.mark.parametrize("size", SIZES)
 def test_without_registers_it_is_exactly_a_plain_vit(make_config, size):
     config = make_config(num_register_tokens=0, position_interpolation_antialias=False)
-    shared = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size"]
+    shared = [
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "image_size",
+        "patch_size",
+    ]
     fields = {name: getattr(config, name) for name in [*shared, "layer_norm_eps"]}
     peer = initialised(ViTModel(ViTConfig(**fields), add_pooling_layer=False))
     ours = ViTRegModel(config).eval()
@@ -54,7 +61,14 @@ def test_without_registers_it_is_exactly_a_plain_vit(make_config, size):
 @pytest.mark.parametrize("size", SIZES)
 def test_with_registers_it_equals_the_register_model_of_transformers(make_config, size):
     config = make_config(layerscale_value=1.0, num_register_tokens=3)
-    shared = ["hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "num_register_tokens"]
+    shared = [
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "image_size",
+        "patch_size",
+        "num_register_tokens",
+    ]
     fields = {name: getattr(config, name) for name in shared}
     peer = initialised(Dinov2WithRegistersModel(Dinov2WithRegistersConfig(mlp_ratio=2, **fields)))
     config.intermediate_size = 2 * config.hidden_size

@@ -101,9 +101,11 @@ def attention_figure(
             drawn = _draw_map(grid[row, column], values[row, column - 1], image.shape[:2], values.max())
     for axes, name in zip(grid[0], ["input", *token_names], strict=True):
         axes.set_title(name if name == "input" else f"{name}\n{axes.get_title()}", fontsize=10)
-    figure.colorbar(drawn, ax=grid[:, 1:], label="attention to a patch (probability, mean of heads)", shrink=0.9)
+    figure.colorbar(drawn, ax=grid[:, 1:], label="attention to a patch (probability, mean of heads)")
+    equal = 1 / (values.shape[1] + values[0, 0].size)
     figure.suptitle(
-        f"{title}\n% on patches: share of a token's attention on patches; the rest is on CLS and registers"
+        f"{title}\n% on patches: share of a token's attention on patches, the rest is on CLS and registers; "
+        f"equal attention to all tokens would be {equal:.3f} each"
     )
     _save(figure, path)
 

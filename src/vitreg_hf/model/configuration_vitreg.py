@@ -38,8 +38,7 @@ _RESERVED: dict[str, tuple[Any, str]] = {
 
 @strict
 class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
-    r"""
-    Configuration of a Vision Transformer with register tokens (Darcet et al., arXiv 2309.16588).
+    r"""Configuration of a Vision Transformer with register tokens (Darcet et al., arXiv 2309.16588).
 
     Field names are those of Transformers' ViT where it has them. A wrong type raises the error of strict dataclasses;
     a wrong value, a combination that cannot be built, or a misspelt field in a call raises `ValueError`.
@@ -51,8 +50,8 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
             below that as divides the width.
         intermediate_size (`int`, *optional*): width between the two MLP projections. Left out, four times the width.
         hidden_act (`str`, defaults to `"gelu"`): activation of the MLP; SwiGLU has its own, SiLU.
-        hidden_dropout_prob (`float`, defaults to 0.0): dropout on embeddings and on the output of both branches.
-        attention_probs_dropout_prob (`float`, defaults to 0.0): dropout on attention probabilities.
+        hidden_dropout_prob, attention_probs_dropout_prob (`float`, defaults to 0.0): dropout on embeddings and on both
+            branches' outputs; on attention probabilities.
         initializer_range (`float`, defaults to 0.02): standard deviation of initial weights and positions.
         token_initializer_range (`float`, defaults to 0.02): standard deviation of the initial CLS and register tokens.
             Must be positive: registers that start equal get equal gradients and train as copies of one.
@@ -63,30 +62,29 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
         num_channels (`int`, defaults to 3): image channels.
         num_register_tokens (`int`, defaults to 4): learned registers; 0 is a plain ViT.
         use_cls_token (`bool`, defaults to `True`): whether there is a CLS token.
-        use_mask_token (`bool`, defaults to `False`): whether the embeddings hold a mask token. The masked-image-modeling
-            head makes one whatever this says.
+        use_mask_token (`bool`, defaults to `False`): whether the embeddings hold a mask token. The head for masked
+            image modeling makes one whatever this says.
         pooling (`str`, defaults to `"cls"`): what the classifier reads: `"cls"`, `"mean"` (of patches), `"cls_mean"`
             (both, twice as wide) or `"cls_register_mean"` (CLS and the mean of the registers, twice as wide).
-        qkv_bias (`bool`, defaults to `True`): bias on queries, keys and values, unless one of the next three says else.
+        qkv_bias (`bool`, defaults to `True`): bias on queries, keys and values, unless one of the next three differs.
         query_bias, key_bias, value_bias (`bool`, *optional*): bias of a single projection.
         proj_bias (`bool`, defaults to `True`): bias of the attention output projection.
         mlp_bias (`bool`, defaults to `True`): bias of the MLP projections.
         head_dim (`int`, *optional*): channels per head. Left out, `hidden_size / num_attention_heads`.
-        use_swiglu_ffn (`bool`, defaults to `False`): SwiGLU in place of the MLP; `intermediate_size` is its inner width.
+        use_swiglu_ffn (`bool`, defaults to `False`): SwiGLU in place of the MLP, `intermediate_size` wide inside.
         layerscale_value (`float`, *optional*): initial value of LayerScale; `None` turns LayerScale off.
         drop_path_rate (`float`, defaults to 0.0): stochastic depth rate (of the last block if the schedule is linear).
         drop_path_schedule (`str`, defaults to `"linear"`): `"linear"` from 0 over depth, or `"uniform"`.
-        pad_to_patch_size (`bool`, defaults to `False`): pad images whose size the patch size does not divide, with zeros
-            on the right and at the bottom. Off, such images are refused.
+        pad_to_patch_size (`bool`, defaults to `False`): pad images whose size the patch size does not divide, with
+            zeros on the right and at the bottom. Off, such images are refused.
         position_interpolation_mode (`str`, defaults to `"bicubic"`): `"bicubic"` or `"bilinear"`.
         position_interpolation_antialias (`bool`, defaults to `True`): as in the released DINOv2 models with registers.
-        position_interpolation_offset (`float`, defaults to 0.0): 0 scales by size; DINOv2 without registers scales by the
-            factor `(grid + 0.1) / table grid`, which is 0.1 here.
-        output_prefix_attentions (`bool` or list of `int`, defaults to `False`): return what CLS and registers attend to,
-            for all layers or for those listed.
+        position_interpolation_offset (`float`, defaults to 0.0): 0 scales by size; DINOv2 without registers scales by
+            the factor `(grid + 0.1) / table grid`, which is 0.1 here.
+        output_prefix_attentions (`bool` or list of `int`, defaults to `False`): return what CLS and registers attend
+            to, for all layers or for those listed.
         apply_layernorm (`bool`, defaults to `True`): final LayerNorm on the feature maps of the backbone.
-        reshape_hidden_states (`bool`, defaults to `True`): backbone features as `(batch, hidden, height, width)` maps
-            rather than token sequences.
+        reshape_hidden_states (`bool`, defaults to `True`): backbone features as maps rather than token sequences.
         segmentation_batch_norm (`bool`, defaults to `False`): BatchNorm before the segmentation classifier, as in the
             linear evaluation of DINOv2.
         semantic_loss_ignore_index (`int`, defaults to 255): label that the segmentation loss leaves out.
@@ -179,7 +177,8 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
             out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
         )
         if self.use_swiglu_ffn:
-            self.base_model_tp_plan = {**self.base_model_tp_plan, "layers.*.mlp.gate_proj": "colwise"}
+            plan = {**self.base_model_tp_plan, "layers.*.mlp.gate_proj": "colwise"}
+            self.base_model_tp_plan = plan  # type: ignore[misc]  # Transformers reads it off the instance
         super().__post_init__(**kwargs)
 
     # Sizes that follow from the fields
@@ -187,7 +186,8 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def patch_height_width(self) -> tuple[int, int]:
         """Height and width of a patch in pixels."""
-        return _pair(self.patch_size)
+        height, width = _pair(self.patch_size)
+        return height, width
 
     @property
     def position_grid(self) -> tuple[int, int]:

@@ -1,5 +1,5 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
-"""From pixels to the first block's tokens: patches with positions, behind CLS (with its position) and registers (without).
+"""From pixels to the first block's tokens: CLS (with its position), registers (without), patches with positions.
 
 Shapes: B images, C channels, H x W pixels, P patches on a grid of rows x columns, N tokens, D channels.
 """
@@ -75,7 +75,9 @@ class ViTRegEmbeddings(nn.Module):
             patches = self._masked(patches, bool_masked_pos)
         patch_mask = None if pixel_mask is None else self.layout.patch_mask(pixel_mask)
         cls_position, positions = self._positions(grid, patch_mask)
-        cls_token = self.cls_token if cls_position is None else self.cls_token + cls_position
+        cls_token: Tensor | None = self.cls_token
+        if cls_token is not None and cls_position is not None:
+            cls_token = cls_token + cls_position
         tokens = self.layout.join(cls_token, self.register_tokens, patches + positions)
         return Embedded(self.dropout(tokens), grid, patch_mask)
 
@@ -145,6 +147,6 @@ def _check_top_left(pixel_mask: Tensor) -> None:
     falling = (real[:, 1:, 0] <= real[:, :-1, 0]).all() & (real[:, 0, 1:] <= real[:, 0, :-1]).all()
     if not bool((real == rectangle).all() & falling & real[:, 0, 0].all()):
         raise ValueError(
-            "Expected pixel_mask to mark one rectangle at the top left of every image (padding stands on the right and "
-            "at the bottom), got another shape"
+            "Expected pixel_mask to mark one rectangle at the top left of every image (padding stands on the right "
+            "and at the bottom), got another shape"
         )

@@ -1,8 +1,8 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
 """ViTReg: a Vision Transformer with register tokens (Darcet et al., arXiv 2309.16588), read top to bottom.
 
-Registers are learned tokens between CLS and the patches. They have no position, are added after positions, take part in
-every block in training and in inference, and no head reads them unless its pooling says so.
+Registers are learned tokens between CLS and the patches. They have no position, are added after positions, take part
+in every block in training and in inference, and no head reads them unless its pooling says so.
 
 Shapes: B images, C channels, H x W pixels, P patches on a grid of rows x columns, R registers, N = 1 + R + P tokens,
 D channels of the residual stream, h heads of d channels.
@@ -159,8 +159,8 @@ class ViTRegAttention(nn.Module):
     def _check_backend(self, backend: str | None, query: Tensor) -> None:
         if backend == "flex_attention" and query.device.type == "cpu" and query.requires_grad:
             raise ValueError(
-                "Expected a GPU or no gradient for attn_implementation='flex_attention', got a CPU tensor that needs a "
-                "gradient: PyTorch has no backward pass of flex attention on CPU; train with 'sdpa' there"
+                "Expected a GPU or no gradient for attn_implementation='flex_attention', got a CPU tensor that needs "
+                "a gradient: PyTorch has no backward pass of flex attention on CPU; train with 'sdpa' there"
             )
 
 
@@ -259,7 +259,7 @@ class ViTRegPreTrainedModel(PreTrainedModel):
     config: ViTRegConfig
     base_model_prefix = "vitreg"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["ViTRegEmbeddings", "ViTRegLayer"]
     _supports_sdpa = True
@@ -287,7 +287,7 @@ class ViTRegPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Linear | nn.Conv2d):
             init.trunc_normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, ViTRegLayerScale):
-            init.constant_(module.lambda1, self.config.layerscale_value)
+            init.constant_(module.lambda1, cast(float, self.config.layerscale_value))
         elif isinstance(module, ViTRegEmbeddings):
             init.trunc_normal_(module.position_embeddings, mean=0.0, std=std)
             # Registers must start apart: equal ones get equal gradients and would stay copies of one another.
@@ -298,7 +298,7 @@ class ViTRegPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.mask_token)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Save as Transformers does; after `register_for_auto_class`, with the code and the whole map of Auto classes."""
+        """Save as Transformers does; after `register_for_auto_class`, with code and all Auto classes in the map."""
         if self._auto_class is not None:
             self.config.auto_map = _remote_code_map()
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -339,17 +339,17 @@ class ViTRegModel(ViTRegPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         output_prefix_attentions: LayerSelection | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> ViTRegModelOutput:
         """Run the backbone (section 2.2 of the paper).
 
         Args:
             pixel_values: `(B, C, H, W)`, any H and W that the patch size divides (see `pad_to_patch_size`).
             bool_masked_pos: `(B, P)`, True where a patch is replaced by the mask token.
-            pixel_mask: `(B, H, W)`, 1 for real pixels, when images of several sizes were padded on the right and at the
-                bottom. Padding is attended to by nothing, and every image has the positions that it has on its own.
-            output_attentions: return `attentions`, one `(B, h, N, N)` per layer: probabilities before dropout, whatever
-                the backend. Holds N x N maps of all layers; `output_prefix_attentions` is the cheap way.
+            pixel_mask: `(B, H, W)`, 1 for real pixels, when images of several sizes were padded on the right and at
+                the bottom. Padding is attended to by nothing, and every image has the positions that it has on its own.
+            output_attentions: return `attentions`, one `(B, h, N, N)` per layer: probabilities before dropout,
+                whatever the backend. Holds N x N maps; `output_prefix_attentions` is the cheap way.
             output_hidden_states: return `hidden_states`, embeddings and every block's output, before the final norm.
             output_prefix_attentions: return `prefix_attentions`, for all layers or for those listed.
 
@@ -569,8 +569,8 @@ class ViTRegForMaskedImageModeling(ViTRegPreTrainedModel):
             bool_masked_pos: `(B, P)`, True where a patch is masked; left out, nothing is and there is no loss.
 
         Returns:
-            `ViTRegMaskedImageModelingOutput` with `reconstruction` `(B, C, H, W)` and the mean absolute error per value of
-            masked patches as `loss`.
+            `ViTRegMaskedImageModelingOutput` with `reconstruction` `(B, C, H, W)` and the mean absolute error of
+            masked values as `loss`.
         """
         outputs = self.vitreg(pixel_values, bool_masked_pos, pixel_mask, return_dict=True, **kwargs)
         images, layout = cast(Tensor, pixel_values), self.vitreg.layout
@@ -594,7 +594,7 @@ class ViTRegForSemanticSegmentation(ViTRegPreTrainedModel):
         self.vitreg = ViTRegModel(config)
         with_norm = config.segmentation_batch_norm
         self.batch_norm = nn.BatchNorm2d(config.hidden_size) if with_norm else nn.Identity()
-        self.decode_head = nn.Conv2d(config.hidden_size, config.num_labels, kernel_size=1)
+        self.decode_head = nn.Conv2d(config.hidden_size, cast(int, config.num_labels), kernel_size=1)
         self.post_init()
 
     @can_return_tuple
@@ -634,7 +634,7 @@ class ViTRegForSemanticSegmentation(ViTRegPreTrainedModel):
             raise ValueError(f"Expected labels of shape ({logits.shape[0]}, height, width), got {tuple(labels.shape)}")
         upsampled = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
         ignored = self.config.semantic_loss_ignore_index
-        if self.config.num_labels > 1:
+        if self.config.num_labels != 1:
             return F.cross_entropy(upsampled, labels, ignore_index=ignored)
         counted = labels != ignored
         loss = F.binary_cross_entropy_with_logits(upsampled[:, 0], labels.to(upsampled.dtype), reduction="none")
@@ -671,8 +671,8 @@ class ViTRegBackbone(BackboneMixin, ViTRegModel):
         return ViTRegBackboneOutput(feature_maps=tuple(states), **passed_on(outputs))
 
 
-# Which class each Auto class finds. It stands here, not in the registration, because the files of this folder also travel
-# beside weights as remote code, where the map has to name all of them.
+# Which class each Auto class finds. It stands here, not in the registration, because the files of this folder also
+# travel beside weights as remote code, where the map has to name all of them.
 AUTO_MODELS: dict[str, type[ViTRegPreTrainedModel]] = {
     "AutoModel": ViTRegModel,
     "AutoModelForImageClassification": ViTRegForImageClassification,
@@ -690,10 +690,10 @@ def _remote_code_map() -> dict[str, str]:
 
 __all__ = [
     "AUTO_MODELS",
-    "ViTRegPreTrainedModel",
-    "ViTRegModel",
+    "ViTRegBackbone",
     "ViTRegForImageClassification",
     "ViTRegForMaskedImageModeling",
     "ViTRegForSemanticSegmentation",
-    "ViTRegBackbone",
+    "ViTRegModel",
+    "ViTRegPreTrainedModel",
 ]

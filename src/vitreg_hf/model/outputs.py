@@ -1,14 +1,14 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
 """What forward passes return: Transformers' usual fields first, then the tokens by name.
 
-Fields are tensors, tuples of tensors or None, so that `return_dict=False`, `torch.export` and DataParallel work on them.
+Fields are tensors, tuples of tensors or None, so that `return_dict=False`, `torch.export` and DataParallel work.
 Shapes: B images, P patches on a grid of rows x columns, R registers, N tokens, D channels, h heads.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from torch import Tensor
 from transformers.modeling_outputs import (
     BackboneOutput,
     BaseModelOutputWithPooling,
@@ -32,17 +32,17 @@ class ViTRegTokens:
         patch_mask: `(B, P)`, True for patches that hold real pixels; None when nothing was padded.
     """
 
-    cls_token: torch.FloatTensor | None = None
-    register_tokens: torch.FloatTensor | None = None
-    patch_tokens: torch.FloatTensor | None = None
-    patch_map: torch.FloatTensor | None = None
-    prefix_attentions: tuple[torch.FloatTensor | None, ...] | None = None
-    patch_mask: torch.BoolTensor | None = None
+    cls_token: Tensor | None = None
+    register_tokens: Tensor | None = None
+    patch_tokens: Tensor | None = None
+    patch_map: Tensor | None = None
+    prefix_attentions: tuple[Tensor | None, ...] | None = None
+    patch_mask: Tensor | None = None
 
 
 @dataclass
 class ViTRegModelOutput(ViTRegTokens, BaseModelOutputWithPooling):
-    """`last_hidden_state` `(B, N, D)` after the final norm, `pooler_output` `(B, D)`, `hidden_states` before it, tokens."""
+    """`last_hidden_state` `(B, N, D)` after the final norm, `hidden_states` before it, `pooler_output` `(B, D)`."""
 
 
 @dataclass

@@ -1,10 +1,10 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
 """Learned positions: the table, and its interpolation to another grid.
 
-Bicubic and bilinear interpolation are separable: a table `(rows, columns, D)` is resized by one small weight matrix per
-axis. The matrices are computed here from the target size with plain tensor operations, so the same code runs eagerly, is
-exported, compiled with dynamic sizes and trained, and takes one target size per image where a batch is padded. The
-numbers are those of `torch.nn.functional.interpolate`, which does none of that for antialiased bicubic.
+Bicubic and bilinear interpolation are separable: a table `(rows, columns, D)` is resized by one small weight matrix
+per axis. The matrices are computed here from the target size with plain tensor operations, so the same code runs
+eagerly, is exported, compiled with dynamic sizes and trained, and takes one target size per image where a batch is
+padded. The numbers are those of `torch.nn.functional.interpolate`, which does none of that for antialiased bicubic.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class InterpolationRule:
     Attributes:
         mode: `"bicubic"` or `"bilinear"`.
         antialias: widen the kernel when the target grid is smaller than the table.
-        offset: 0 scales by size, `table / target`; else by factor, `table / (target + offset)`, as DINOv2 does with 0.1.
+        offset: 0 scales by size, `table / target`; else by factor, `table / (target + offset)`: 0.1 in DINOv2.
     """
 
     mode: str
@@ -112,8 +112,8 @@ def interpolate_positions(
         table: `(rows, columns, D)`.
         grid: rows and columns of the padded or only grid.
         rule: the interpolation rule.
-        true_grids: rows and columns of each image without its padding, `(B, 2)`; positions are then those that the image
-            has on its own, and rows and columns of padding repeat the last of them.
+        true_grids: rows and columns of each image without its padding, `(B, 2)`; positions are then those that the
+            image has on its own, and rows and columns of padding repeat the last of them.
 
     Returns:
         `(1, rows * columns, D)`, or `(B, rows * columns, D)` with `true_grids`, in the table's dtype.
@@ -139,8 +139,8 @@ def _axis_sizes(grid: tuple[int, int], true_grids: Tensor | None, device: torch.
 class PositionCache:
     """Interpolated positions of the last few image sizes, valid as long as the table is not written to.
 
-    Used only when no gradient is needed and nothing traces. The owner clears it when the model changes between training
-    and evaluation, since sharded training may renew a table without a trace that could be seen here.
+    Used only when no gradient is needed and nothing traces. The owner clears it when the model changes between
+    training and evaluation, since sharded training may renew a table without a trace that could be seen here.
     """
 
     def __init__(self, max_sizes: int = 16) -> None:

@@ -62,7 +62,7 @@ class TokenLayout:
         return queries[:, :, : self.num_prefix]
 
     def attention_to_patches(self, attention: Tensor, grid: tuple[int, int]) -> Tensor:
-        """View of attention onto patches as images, `(..., rows, columns)`, from weights `(..., N)` over all tokens."""
+        """View of attention onto patches as images, `(..., rows, columns)`, from weights `(..., N)` on all tokens."""
         return attention[..., self.num_prefix :].unflatten(-1, grid)
 
     # Grid
@@ -80,7 +80,7 @@ class TokenLayout:
         return feature_map.flatten(2).transpose(1, 2)
 
     def pixels(self, patch_pixels: Tensor) -> Tensor:
-        """Image `(B, C, H, W)` from predicted pixels of every patch, `(B, C * patch height * patch width, rows, columns)`."""
+        """Image `(B, C, H, W)` from the pixels predicted per patch, `(B, C * patch pixels, rows, columns)`."""
         batch_size, _, rows, columns = patch_pixels.shape
         height, width = self.patch_size
         patches = patch_pixels.reshape(batch_size, -1, height, width, rows, columns)

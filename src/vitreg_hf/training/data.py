@@ -59,7 +59,8 @@ def load_digits() -> ImageClassificationData:
         LabelledImages(train),
         LabelledImages(test),
         source="digits",
-        evaluation_split="test: 20 % of the images, stratified by class, the same in every run",
+        evaluation_split="test",
+        held_out_by="20 % of the images, stratified by class, the same in every run",
         license="cc-by-4.0",
     )
 
@@ -135,12 +136,12 @@ def _assemble(
 ) -> ImageClassificationData:
     standard = _standard(train, image_column, label_column)
     if validation is None:
-        held_out = "10 % of the training images, stratified by class, the same in every run"
+        split, held_out_by = "train", "10 % of the training images, stratified by class, the same in every run"
         standard, evaluation = _stratified_split(standard, VALIDATION_FRACTION)
     else:
-        held_out = "the validation split of the data"
+        split, held_out_by = "validation", "the validation split of the data"
         evaluation = _standard(validation, image_column, label_column, standard.features["label"].names)
-    return ImageClassificationData(LabelledImages(standard), LabelledImages(evaluation), source, held_out)
+    return ImageClassificationData(LabelledImages(standard), LabelledImages(evaluation), source, split, held_out_by)
 
 
 def _standard(

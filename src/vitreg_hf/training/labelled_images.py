@@ -91,7 +91,8 @@ class ImageClassificationData:
     train: LabelledImages
     evaluation: LabelledImages
     source: str
-    evaluation_split: str  # how the evaluation images were chosen, in words
+    evaluation_split: str  # name of the split
+    held_out_by: str  # how its images were chosen, in words
     license: str | None = None
     hub_id: str | None = None  # where it comes from the Hub
 

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -13,22 +13,48 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from transformers import PreTrainedModel
 
-from vitreg_hf.model.configuration_vitreg import ViTRegConfig
+from vitreg_hf.training.checkpointing import Progress
 from vitreg_hf.training.labelled_images import ImageClassificationData
-from vitreg_hf.training.settings import MODEL_SETTINGS
+from vitreg_hf.training.settings import MODEL_SETTINGS, ImageClassificationSettings
 from vitreg_hf.version import __version__
 
 _PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "datasets", "evaluate", "numpy")
 
 
-def describe_model(config: ViTRegConfig, name: str, parameters: int) -> dict[str, Any]:
-    """Section `model` of the results: name, size and shape."""
-    shape = {field: getattr(config, field) for field in MODEL_SETTINGS}
-    return {"name": name, "parameters": parameters, **shape}
+def describe_training(
+    settings: ImageClassificationSettings, accelerator: Accelerator, model: PreTrainedModel, progress: Progress
+) -> dict[str, Any]:
+    """Sections `model`, `hyperparameters`, `evaluation`, `curve`, `versions`, `hardware` and `seconds` of the results.
+
+    `seconds.train` counts the epochs with their evaluations; starting and writing files is for the caller to add.
+    """
+    averaged = settings.ema_decay is not None
+    images_per_update = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    return {
+        "model": {
+            "name": f"vitreg-{settings.source_name()}",
+            "parameters": model.num_parameters(),
+            **{name: getattr(model.config, name) for name in MODEL_SETTINGS},
+        },
+        "hyperparameters": {
+            **settings.hyperparameters(),
+            "total_train_batch_size": images_per_update * accelerator.num_processes,
+        },
+        "evaluation": {
+            "epoch": progress.epoch,
+            "weights": "moving average of the weights" if averaged else "weights of the last epoch",
+            "stopped_early": progress.epoch < settings.num_train_epochs,
+        },
+        "curve": progress.curve,
+        "versions": versions(),
+        "hardware": hardware(accelerator),
+        "seconds": {"train": sum(entry["seconds"] for entry in progress.curve)},
+    }
 
 
-def describe_data(data: ImageClassificationData, skipped: list[str]) -> dict[str, Any]:
+def describe_data(data: ImageClassificationData, skipped: Sequence[str]) -> dict[str, Any]:
     """Section `data` of the results: where the images come from and how many there are."""
     return {
         "source": data.source,
@@ -38,7 +64,8 @@ def describe_data(data: ImageClassificationData, skipped: list[str]) -> dict[str
         "train_images": len(data.train),
         "evaluation_images": len(data.evaluation),
         "evaluation_split": data.evaluation_split,
-        "skipped_images": skipped,
+        "held_out_by": data.held_out_by,
+        "skipped_images": list(skipped),
     }
 
 

@@ -4,7 +4,8 @@
 Names are those of Transformers' examples. An example reads them off its command line with `HfArgumentParser`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from vitreg_hf.model.configuration_vitreg import ViTRegConfig
@@ -13,6 +14,12 @@ MODEL_SETTINGS = (
     *("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_register_tokens"),
     *("initializer_range", "pooling", "drop_path_rate", "layerscale_value"),
 )
+
+DATA_SETTINGS = (
+    *("dataset_name", "dataset_config_name", "train_dir", "validation_dir", "train_file", "validation_file"),
+    *("image_column_name", "label_column_name", "max_train_samples", "on_corrupt_image", "dataloader_num_workers"),
+)
+FILE_SETTINGS = ("output_dir", "save_every_epochs", "save_total_limit", "resume_from_checkpoint")
 
 _SWITCH = {"nargs": "?", "const": True}  # a bare --horizontal_flip means true
 
@@ -93,6 +100,18 @@ class ImageClassificationSettings:
         """Range of the area of random resized crops, or None if there are none."""
         low, high = self.random_resized_crop_scale
         return (low, high) if self.random_resized_crop else None
+
+    def source_name(self) -> str:
+        """Name of the data: the last part of the id or path, `digits` by default."""
+        if self.train_file is not None:
+            return Path(self.train_file).stem
+        return Path(self.dataset_name or self.train_dir or "digits").resolve().name
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """How the model is optimised and the images are augmented, without the shape of the model, data and files."""
+        elsewhere = {*MODEL_SETTINGS, *DATA_SETTINGS, *FILE_SETTINGS}
+        chosen = {name: value for name, value in asdict(self).items() if name not in elsewhere}
+        return chosen | {"random_resized_crop_scale": self.crop_scale}
 
     def model_config(self) -> ViTRegConfig:
         """The shape of the model.
