@@ -2,17 +2,21 @@
 """Tells Transformers' Auto classes about the family."""
 
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 
 from vitreg_hf.model.configuration_vitreg import ViTRegConfig
 from vitreg_hf.model.image_processing_pil_vitreg import ViTRegImageProcessorPil
 from vitreg_hf.model.image_processing_vitreg import ViTRegImageProcessor
-from vitreg_hf.model.modeling_vitreg import AUTO_MODELS
+from vitreg_hf.model.modeling_vitreg import AUTO_MODELS, ViTRegForSemanticSegmentation
 
 
 def register() -> None:
     """Register config, models and image processors; doing it again changes nothing."""
-    transformers.AutoConfig.register(ViTRegConfig.model_type, ViTRegConfig, exist_ok=True)
+    model_type = ViTRegConfig.model_type
+    transformers.AutoConfig.register(model_type, ViTRegConfig, exist_ok=True)
     for auto_class, model_class in AUTO_MODELS.items():
         getattr(transformers, auto_class).register(ViTRegConfig, model_class, exist_ok=True)
+    # The segmentation pipeline looks in this table alone, and reports every class that is not in it as unsupported.
+    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES[model_type] = ViTRegForSemanticSegmentation.__name__
     processors = {"torchvision": ViTRegImageProcessor, "pil": ViTRegImageProcessorPil}
     transformers.AutoImageProcessor.register(ViTRegConfig, image_processor_classes=processors, exist_ok=True)

@@ -203,5 +203,5 @@ def _stratified_split(rows: datasets.Dataset, fraction: float) -> tuple[datasets
             f"Expected at least 2 images of every class and {needed} in all to hold out {fraction:.0%} of them, "
             f"got {fewest} and {len(rows)}: pass a validation set"
         )
-    parts = rows.train_test_split(test_size=fraction, seed=SPLIT_SEED, stratify_by_column="label", keep_in_memory=True)
+    parts = rows.train_test_split(test_size=fraction, seed=SPLIT_SEED, stratify_by_column="label")
     return parts["train"], parts["test"]

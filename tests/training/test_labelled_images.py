@@ -1,0 +1,102 @@
+# Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
+"""Decoding, and files that cannot be decoded."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+
+from vitreg_hf import ViTRegImageProcessor
+from vitreg_hf.training.data import load_folders
+from vitreg_hf.training.labelled_images import Collate, decode_rgb, find_unreadable, without_unreadable
+
+from .conftest import MODES, image_of_mode
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_training_sees_the_pixels_that_inference_sees(tmp_path: Path, mode: str) -> None:
+    file = str(tmp_path / f"image.{'tif' if mode == 'CMYK' else 'png'}")
+    image_of_mode(mode).save(file)
+    pixels = decode_rgb({"bytes": None, "path": file})
+    assert pixels.dtype == torch.uint8
+    assert pixels.shape == (3, 20, 30)
+    as_is = {"do_resize": False, "do_center_crop": False, "do_rescale": False, "do_normalize": False}
+    seen = ViTRegImageProcessor()(file, **as_is, return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(pixels, seen)
+    assert torch.equal(pixels, decode_rgb({"bytes": Path(file).read_bytes(), "path": None}))
+
+
+def test_rotated_photos_are_turned_upright(tmp_path: Path) -> None:
+    file = tmp_path / "rotated.jpg"
+    image = image_of_mode("RGB")
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # orientation: turn by 90 degrees
+    image.save(file, exif=exif)
+    assert decode_rgb({"bytes": None, "path": str(file)}).shape == (3, 30, 20)
+
+
+@pytest.fixture
+def broken(image_folder: Path) -> list[str]:
+    """Three files that cannot be decoded, in a folder of good ones."""
+    whole = (image_folder / "dog" / "08_RGB.png").read_bytes()
+    files = {"cat/empty.png": b"", "cat/text.jpg": b"not an image", "dog/truncated.png": whole[: len(whole) // 2]}
+    for name, content in files.items():
+        (image_folder / name).write_bytes(content)
+    return [str(image_folder / name) for name in files]
+
+
+def test_corrupt_files_are_found_and_named(image_folder: Path, broken: list[str]) -> None:
+    data = load_folders(str(image_folder), str(image_folder))
+    found = find_unreadable(data)
+    assert sorted(one.source for one in found if one.split == "train") == sorted(broken)
+    assert sorted(one.source for one in found if one.split == "evaluation") == sorted(broken)
+    for one in found[:3]:
+        with pytest.raises(ValueError, match=f"Expected a readable image, got {re.escape(one.source)}"):
+            data.train[one.index]
+
+
+def test_several_processes_share_the_checking(image_folder: Path, broken: list[str]) -> None:
+    data = load_folders(str(image_folder), str(image_folder))
+    shares = [find_unreadable(data, process, 3) for process in range(3)]
+    together = {(one.split, one.index) for share in shares for one in share}
+    assert together == {(one.split, one.index) for one in find_unreadable(data)}
+    assert sum(len(share) for share in shares) == 2 * len(broken)
+
+
+def test_corrupt_files_are_refused_or_skipped_as_asked(image_folder: Path, broken: list[str]) -> None:
+    data = load_folders(str(image_folder), str(image_folder))
+    found = find_unreadable(data)
+    with pytest.raises(ValueError, match=r"(?s)got 6 that are not:.*empty\.png.*text\.jpg.*truncated\.png"):
+        without_unreadable(data, found, "raise")
+    kept = without_unreadable(data, found, "skip")
+    assert len(kept.train) == len(data.train) - len(broken)
+    assert find_unreadable(kept) == []
+    assert without_unreadable(kept, [], "raise") == kept
+
+
+def test_nothing_left_is_refused(image_folder: Path, broken: list[str]) -> None:
+    data = load_folders(str(image_folder), str(image_folder))
+    names = [data.train.source_of(index) for index in range(len(data.train))]
+    only_broken = data.train.without({index for index, name in enumerate(names) if name not in broken})
+    data = replace(data, train=only_broken)
+    with pytest.raises(ValueError, match="at least one readable image, got 3 that are not"):
+        without_unreadable(data, find_unreadable(data), "skip")
+
+
+def test_a_sample_is_the_same_every_time(image_folder: Path) -> None:
+    images = load_folders(str(image_folder), str(image_folder)).train
+    first, second = images.sample(5), images.sample(5)
+    assert [first.source_of(i) for i in range(5)] == [second.source_of(i) for i in range(5)]
+    assert len(images.sample(1000)) == len(images)
+    with pytest.raises(ValueError, match="at least 1 image to keep, got 0"):
+        images.sample(0)
+
+
+def test_a_batch(image_folder: Path) -> None:
+    images = load_folders(str(image_folder), str(image_folder)).train
+    batch = Collate(lambda pixels: torch.stack([one.float() for one in pixels]))([images[0], images[20]])
+    assert batch["pixel_values"].shape == (2, 3, 20, 30)
+    assert batch["labels"].tolist() == [0, 1]

@@ -1,0 +1,80 @@
+# Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
+"""The settings of a training: defaults, and what is refused before any work."""
+
+import pytest
+from transformers import HfArgumentParser
+
+from vitreg_hf.training.settings import (
+    DATA_SETTINGS,
+    FILE_SETTINGS,
+    MODEL_SETTINGS,
+    ImageClassificationSettings,
+)
+
+
+def parsed(*argv: str) -> ImageClassificationSettings:
+    return HfArgumentParser(ImageClassificationSettings).parse_args_into_dataclasses(list(argv))[0]
+
+
+def test_the_defaults_are_the_digits_demo() -> None:
+    settings = parsed()
+    assert settings == ImageClassificationSettings()
+    assert settings.source_name() == "digits"
+    assert settings.crop_scale is None
+    assert settings.horizontal_flip is False
+
+
+def test_own_images_are_cropped_and_flipped_unless_told_otherwise() -> None:
+    settings = parsed("--train_dir", "photos")
+    assert settings.crop_scale == (0.08, 1.0)
+    assert settings.horizontal_flip is True
+    settings = parsed("--train_dir", "photos", "--random_resized_crop", "false", "--horizontal_flip", "false")
+    assert settings.crop_scale is None
+    assert settings.horizontal_flip is False
+
+
+def test_a_bare_switch_turns_augmentation_on() -> None:
+    settings = parsed("--horizontal_flip", "--random_resized_crop", "--random_resized_crop_scale", "0.5", "0.9")
+    assert settings.horizontal_flip is True
+    assert settings.crop_scale == (0.5, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--train_dir", "a", "--dataset_name", "b"], "one source of images, got dataset_name and train_dir"),
+        (["--validation_dir", "a"], "train_dir with validation_dir, got validation_dir alone"),
+        (["--validation_file", "a"], "train_file with validation_file"),
+        (["--dataset_config_name", "a"], "dataset_name with dataset_config_name"),
+        (["--num_train_epochs", "0"], "num_train_epochs of 1 or more, got 0"),
+        (["--early_stopping_patience", "0"], "early_stopping_patience of 1 or more, got 0"),
+        (["--weight_decay", "-1"], "weight_decay of 0 or more, got -1.0"),
+        (["--warmup_ratio", "1"], r"warmup_ratio in \[0, 1\), got 1.0"),
+        (["--learning_rate", "0"], "learning_rate above 0, got 0.0"),
+        (["--ema_decay", "1"], r"ema_decay in \(0, 1\), got 1.0"),
+        (["--random_resized_crop_scale", "0.9", "0.5"], "low <= high <= 1"),
+        (["--random_resized_crop_scale", "0.9"], "low <= high <= 1"),
+        (["--seed", "-1"], "seed of 0 or more"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(argv: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parsed(*argv)
+
+
+def test_a_shape_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="Expected image_size to be a multiple of patch_size"):
+        parsed("--patch_size", "7").model_config()
+
+
+def test_every_setting_has_one_home_in_the_results() -> None:
+    settings = ImageClassificationSettings()
+    groups = [set(MODEL_SETTINGS), set(DATA_SETTINGS), set(FILE_SETTINGS), set(settings.hyperparameters())]
+    assert sum(len(group) for group in groups) == len(set().union(*groups))
+    assert set().union(*groups) == set(vars(settings))
+
+
+def test_names_of_sources() -> None:
+    assert parsed("--dataset_name", "someone/beans").source_name() == "beans"
+    assert parsed("--train_dir", "data/photos.v2/").source_name() == "photos.v2"
+    assert parsed("--train_file", "data/photos.parquet").source_name() == "photos"
