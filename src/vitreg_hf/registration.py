@@ -1,6 +1,8 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
 """Tells Transformers' Auto classes about the family."""
 
+import contextlib
+
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 
@@ -19,4 +21,5 @@ def register() -> None:
     # The segmentation pipeline looks in this table alone, and reports every class that is not in it as unsupported.
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES[model_type] = ViTRegForSemanticSegmentation.__name__
     processors = {"torchvision": ViTRegImageProcessor, "pil": ViTRegImageProcessorPil}
-    transformers.AutoImageProcessor.register(ViTRegConfig, image_processor_classes=processors, exist_ok=True)
+    with contextlib.suppress(ImportError):  # the oldest supported Transformers has no such class without torchvision
+        transformers.AutoImageProcessor.register(ViTRegConfig, image_processor_classes=processors, exist_ok=True)

@@ -16,13 +16,6 @@ NEEDS_KEY_MAPPING = frozenset(
     {"ModelTest::test_reverse_loading_mapping", "ModelTest::test_can_load_from_already_mapped_keys"}
 )
 
-# The pipeline mixin turns every error while loading a model or processor into a skip, so a skip here is a failure.
-MUST_PASS = tuple(
-    f"ModelTest::test_pipeline_image_{task}{dtype}"
-    for task in ("classification", "feature_extraction")
-    for dtype in ("", "_fp16")
-)
-
 
 @dataclass(frozen=True)
 class Result:

@@ -830,6 +830,7 @@ def test_modules_import_only_named_siblings() -> None:
     for module in MODULES:
         text = Path(module.__file__).read_text()
         assert "from . import" not in text
-        assert "vitreg_hf" not in text
+        assert "import vitreg_hf" not in text
+        assert "from vitreg_hf" not in text
         assert "import torchvision" not in text
         assert len(text.splitlines()) < 350

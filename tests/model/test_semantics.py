@@ -35,7 +35,16 @@ VIT_RENAMES = {
     "layernorm_before": "norm1",
     "layernorm_after": "norm2",
 }
-DINOV2_RENAMES = {"encoder.layer.": "layers.", "mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj"}
+DINOV2_RENAMES = {
+    "encoder.layer.": "layers.",
+    "mlp.fc1": "mlp.up_proj",
+    "mlp.fc2": "mlp.down_proj",
+    # names of the oldest supported Transformers
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+}
 
 
 @pytest.mark.parametrize("size", SIZES)

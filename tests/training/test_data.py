@@ -139,7 +139,7 @@ def test_columns_and_labels_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Expected a column 'image', got picture, kind"):
         load_parquet(file)
     with pytest.raises(ValueError, match="Expected images in column 'kind'"):
-        load_parquet(file, image_column="kind", label_column="picture")
+        load_parquet(file, image_column="kind", label_column="kind")
     missing = write_parquet(tmp_path / "b.parquet", [0, None], datasets.Value("int64"))
     with pytest.raises(ValueError, match="a label for every image, got 1 without"):
         load_parquet(missing, image_column="picture", label_column="kind")

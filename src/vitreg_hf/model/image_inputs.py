@@ -1,3 +1,4 @@
+# Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
 """What the two image processors of the family share: reading images, geometry, label maps, padding, predicted maps.
 
 Shapes: C channels, H height, W width of an image, in pixels. From `read_image` on every image is channels-first,

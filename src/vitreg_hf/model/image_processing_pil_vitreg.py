@@ -1,3 +1,4 @@
+# Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
 """The PIL image processor of ViTReg, and the options and order of work it shares with the torchvision one.
 
 They are shared from here because this module works without torchvision.

@@ -1,3 +1,4 @@
+# Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
 """The torchvision image processor of ViTReg: batched, on the CPU or a GPU.
 
 This module imports without torchvision; the class then asks for it when constructed.

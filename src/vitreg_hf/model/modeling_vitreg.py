@@ -145,7 +145,7 @@ class ViTRegAttention(nn.Module):
         attended, weights = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        output = self.o_proj(attended.reshape(*hidden_states.shape[:-1], -1).contiguous())
+        output = self.o_proj(attended.reshape(*hidden_states.shape[:-1], -1))
 
         probabilities = prefix = None
         if output_attentions:

@@ -115,8 +115,8 @@ def _load_folder(folder: str) -> datasets.Dataset:
     files = {"train": os.path.join(escape(folder), "**")}
     try:
         rows = datasets.load_dataset("imagefolder", data_files=files, split="train")
-    except FileNotFoundError:
-        raise ValueError(f"Expected images below {folder!r}, got none") from None
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"Expected images below {folder!r}, got none: {error}") from error
     if "label" not in rows.features:
         raise ValueError(f"Expected one subfolder per class below {folder!r}, got images of a single folder")
     return cast(datasets.Dataset, rows)
@@ -158,7 +158,7 @@ def _standard(
     images = images if image_column == "image" else images.rename_column(image_column, "image")
     try:
         images = images.cast_column("image", datasets.Image(decode=False))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         kind = rows.features[image_column]
         raise ValueError(f"Expected images in column {image_column!r}, got {kind}") from error
     labels = [index_of[name] for name in names]

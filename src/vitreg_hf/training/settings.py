@@ -58,7 +58,7 @@ class ImageClassificationSettings:
     layerscale_value: float | None = _option(None, "initial value of LayerScale; left out: no LayerScale")
 
     # Optimisation
-    num_train_epochs: int = _option(16, "passes over the training images")
+    num_train_epochs: int = _option(18, "passes over the training images")
     per_device_train_batch_size: int = _option(16, "images per batch and process")
     per_device_eval_batch_size: int = _option(64, "images per evaluation batch and process")
     gradient_accumulation_steps: int = _option(1, "batches per update of the weights")
@@ -80,7 +80,7 @@ class ImageClassificationSettings:
     rand_augment: bool = _option(False, "RandAugment")
     mixup_alpha: float = _option(0.0, "MixUp with this parameter; 0: none")
     cutmix_alpha: float = _option(0.0, "CutMix with this parameter; 0: none; with both, each batch has one of them")
-    label_smoothing_factor: float = _option(0.0, "share of the target that is spread over all classes")
+    label_smoothing_factor: float = _option(0.1, "share of the target that is spread over all classes")
 
     # Files
     output_dir: str = _option("outputs/digits", "folder for model, processor, card, results and picture")
