@@ -73,7 +73,9 @@ class TokenLayout:
 
     def missing_pixels(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of pixels that an image lacks to reach the next multiple of the patch size."""
-        return -height % self.patch_size[0], -width % self.patch_size[1]
+        patch_height, patch_width = self.patch_size
+        # Not `-height % patch_height`: exporting with a dynamic height takes no remainder of a negative number.
+        return (patch_height - height % patch_height) % patch_height, (patch_width - width % patch_width) % patch_width
 
     def embedded_patches(self, feature_map: Tensor) -> Tensor:
         """Sequence `(B, P, D)` from the output of the patch convolution, `(B, D, rows, columns)`."""
