@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         path,
         token_names=attention.token_names,
         captions=[f"{name}\n{guess}" for name, guess in zip(names, best, strict=True)],
-        title=f"{Path(options.model_dir).resolve().name}: attention in the last layer ({attention.layer + 1})",
+        title=f"{Path(options.model_dir).resolve().name}: attention in the last layer (layer {attention.layer + 1})",
     )
     print(f"picture: {path}")
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
 """The examples, run as a person runs them.
 
-One complete training of the digits is shared by all tests that need a good model; everything else trains a small model on
-a few images for one or two epochs. What does not need processes of its own calls `main` of the script.
+One complete training of the digits is shared by all tests that need a good model; everything else trains a small model
+on a few images for one or two epochs. What does not need processes of its own calls `main` of the script.
 """
 
 import importlib.util
@@ -42,9 +42,17 @@ def environment(tmp_path_factory):
 
 
 def run(command, environment, cwd=None):
-    return subprocess.run(
-        [str(part) for part in command], env=environment, cwd=cwd, capture_output=True, text=True, timeout=500
+    """Run a command to its end; one that hangs is asked to stop, so that a launcher ends its processes too."""
+    command = [str(part) for part in command]
+    process = subprocess.Popen(
+        command, env=environment, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+    try:
+        out, err = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def results_in(folder):
@@ -151,7 +159,7 @@ def test_two_processes_train_one_model(environment, tmp_path):
 
 
 def test_processes_that_do_not_know_of_one_another_are_refused(environment, tmp_path):
-    command = [PYTHON.parent / "torchrun", "--nproc_per_node", "2", "--master_port", "0", TRAIN, *SMALL]
+    command = [PYTHON.parent / "torchrun", "--standalone", "--nproc_per_node", "2", TRAIN, *SMALL]
     finished = run([*command, "--output_dir", tmp_path / "never"], environment)
     assert finished.returncode != 0
     assert "Expected 2 processes that train one model (WORLD_SIZE=2), got 1" in finished.stderr

@@ -19,6 +19,7 @@ def results_of(epochs, train_accuracy=0.5):
         "model": {"name": "a-model"},
         "data": {"source": "digits", "train_images": 10},
         "metrics": {"accuracy": 0.7, "n": 5},
+        "hyperparameters": {"label_smoothing_factor": 0.1},
         "curve": curve,
     }
 

@@ -74,7 +74,7 @@ def test_size_of_the_model_input() -> None:
     assert model_size(ViTRegImageProcessor(**CROPPED)) == (32, 32)
     with pytest.raises(ValueError, match="fixed height and width"):
         model_size(ViTRegImageProcessor(size={"shortest_edge": 40}, do_center_crop=False))
-    with pytest.raises(ValueError, match="0 < low <= high <= 1, got \\(0.9, 0.1\\)"):
+    with pytest.raises(ValueError, match=r"0 < low <= high <= 1, got \(0\.9, 0\.1\)"):
         TrainingTransform(ViTRegImageProcessor(**WHOLE), crop_scale=(0.9, 0.1))
 
 
@@ -90,5 +90,5 @@ def test_mixing_keeps_the_weight_of_labels() -> None:
         assert targets.shape == (8, 4)
         torch.testing.assert_close(targets.sum(dim=1), torch.ones(8))
     assert mixing(4, 0.0, 0.0) is None
-    with pytest.raises(ValueError, match="0 or more, got -1.0 and 0.0"):
+    with pytest.raises(ValueError, match=r"0 or more, got -1\.0 and 0\.0"):
         mixing(4, -1.0, 0.0)

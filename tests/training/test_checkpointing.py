@@ -112,13 +112,13 @@ def test_a_checkpoint_that_was_cut_off_is_no_checkpoint(
 
 def test_which_checkpoint_is_resumed(small: Small, tmp_path: Path) -> None:
     assert checkpoint_to_resume(None, tmp_path / "none") is None
-    with pytest.raises(ValueError, match="Expected a complete checkpoint in .*none, got none"):
+    with pytest.raises(ValueError, match=r"Expected a complete checkpoint in .*none, got none"):
         checkpoint_to_resume("latest", tmp_path / "none")
     checkpoint = small.save(tmp_path, 1)
     assert checkpoint_to_resume(str(checkpoint), tmp_path / "none") == checkpoint
-    with pytest.raises(ValueError, match="without checkpoints for a new training, got .*epoch-00001"):
+    with pytest.raises(ValueError, match=r"without checkpoints for a new training, got .*epoch-00001"):
         checkpoint_to_resume(None, tmp_path)
-    with pytest.raises(ValueError, match="Expected a complete checkpoint with progress.json"):
+    with pytest.raises(ValueError, match=r"Expected a complete checkpoint with progress\.json"):
         checkpoint_to_resume(str(tmp_path), tmp_path)
 
 

@@ -56,5 +56,5 @@ def test_processes_that_do_not_know_of_one_another_are_refused(
         check_launch(accelerator)
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="Expected 2 processes that train one model .* got 1"):
+    with pytest.raises(ValueError, match=r"Expected 2 processes that train one model .* got 1"):
         check_launch(accelerator)

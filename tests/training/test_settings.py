@@ -67,6 +67,11 @@ def test_a_shape_that_does_not_fit_is_refused() -> None:
         parsed("--patch_size", "7").model_config()
 
 
+def test_layerscale_can_be_turned_off() -> None:
+    assert parsed().model_config().layerscale_value == 1.0
+    assert parsed("--layerscale_value", "0").model_config().layerscale_value is None
+
+
 def test_every_setting_has_one_home_in_the_results() -> None:
     settings = ImageClassificationSettings()
     groups = [set(MODEL_SETTINGS), set(DATA_SETTINGS), set(FILE_SETTINGS), set(settings.hyperparameters())]

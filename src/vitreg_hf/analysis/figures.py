@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _TRAINING, _EVALUATION = "tab:blue", "tab:orange"
+_SOFTEN_TARGETS = ("label_smoothing_factor", "mixup_alpha", "cutmix_alpha")
 _DOTS_PER_INCH = 150
 _GRID_LINES_UP_TO = 16  # patches per side: more lines would hide the map
 
@@ -39,7 +40,9 @@ def training_curve(results: dict[str, Any], path: Path) -> None:
     loss, accuracy = figure.subplots(1, 2)
     _draw_series(loss, curve, "loss", 1)
     _draw_series(accuracy, curve, "accuracy", 100)
-    loss.set(title="Loss", ylabel="cross-entropy (nats)", ylim=(0, None))
+    softened = any(results["hyperparameters"].get(name) for name in _SOFTEN_TARGETS)
+    loss.set(title="Loss (in training: against softened targets)" if softened else "Loss")
+    loss.set(ylabel="cross-entropy (nats)", ylim=(0, None))
     accuracy.set(title="Accuracy", ylabel="images classified correctly (%)")
     data, metrics = results["data"], results["metrics"]
     figure.suptitle(

@@ -55,7 +55,7 @@ class ImageClassificationSettings:
     initializer_range: float = _option(0.1, "std of initial weights; widths of several hundred want 0.02")
     pooling: str = _option("cls", "what the classifier reads: cls, mean, cls_mean or cls_register_mean")
     drop_path_rate: float = _option(0.0, "stochastic depth rate of the last block")
-    layerscale_value: float | None = _option(None, "initial value of LayerScale; left out: no LayerScale")
+    layerscale_value: float = _option(1.0, "initial value of LayerScale; 0: no LayerScale")
 
     # Optimisation
     num_train_epochs: int = _option(18, "passes over the training images")
@@ -119,7 +119,8 @@ class ImageClassificationSettings:
         Raises:
             ValueError: if sizes do not fit together.
         """
-        return ViTRegConfig(**{name: getattr(self, name) for name in MODEL_SETTINGS})
+        shape = {name: getattr(self, name) for name in MODEL_SETTINGS}
+        return ViTRegConfig(**{**shape, "layerscale_value": self.layerscale_value or None})
 
     def _sources(self) -> list[str]:
         named = {"dataset_name": self.dataset_name, "train_dir": self.train_dir, "train_file": self.train_file}
