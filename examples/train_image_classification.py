@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model: Any = accelerator.unwrap_model(run.model) if run.ema is None else run.ema.module
         results = {
             **describe_training(settings, accelerator, model, progress),
-            "data": describe_data(data, skipped=[one.source for one in unreadable]),
+            "data": describe_data(data, skipped=sorted(str(one) for one in unreadable)),
             "metrics": metrics,
             "command": shlex.join(["python", *sys.argv]),
         }

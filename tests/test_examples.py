@@ -183,7 +183,10 @@ def uninterrupted(tmp_path_factory, environment):
 
 
 def test_a_resumed_training_equals_an_uninterrupted_one_bit_by_bit(uninterrupted, environment, tmp_path):
-    shutil.copytree(uninterrupted / "checkpoints" / "epoch-00001", tmp_path / "checkpoints" / "epoch-00001")
+    checkpoint = tmp_path / "checkpoints" / "epoch-00001"
+    shutil.copytree(uninterrupted / "checkpoints" / checkpoint.name, checkpoint)
+    for file in checkpoint.glob("random_states_*"):
+        file.unlink()  # what is random in an epoch follows from seed and epoch, not from the past
     command = [PYTHON, TRAIN, *SMALL, *RANDOM, "--output_dir", tmp_path, "--resume_from_checkpoint", "latest"]
     finished = run(command, environment)
     assert finished.returncode == 0, finished.stderr[-3000:]
@@ -332,7 +335,7 @@ def test_a_corrupt_file_is_refused_with_its_path_or_skipped(example, photos, tmp
     skip = ["--on_corrupt_image", "skip", "--output_dir", output]
     example(TRAIN, *OWN, "--train_dir", photos, "--validation_dir", photos, *skip)
     results = results_in(output)
-    assert set(results["data"]["skipped_images"]) == {str(broken)}
+    assert results["data"]["skipped_images"] == [f"evaluation: {broken}", f"train: {broken}"]
     assert (results["data"]["train_images"], results["metrics"]["n"]) == (24, 24)
 
 

@@ -5,12 +5,13 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import PIL.Image
 import pytest
 import torch
 
 from vitreg_hf import ViTRegImageProcessor
-from vitreg_hf.training.data import load_folders
+from vitreg_hf.training.data import load_folders, load_parquet
 from vitreg_hf.training.labelled_images import Collate, decode_rgb, find_unreadable, without_unreadable
 
 from .conftest import MODES, image_of_mode
@@ -56,6 +57,16 @@ def test_corrupt_files_are_found_and_named(image_folder: Path, broken: list[str]
     for one in found[:3]:
         with pytest.raises(ValueError, match=f"Expected a readable image, got {re.escape(one.source)}"):
             data.train[one.index]
+
+
+def test_images_inside_a_table_are_named_by_its_rows(image_folder: Path, broken: list[str], tmp_path: Path) -> None:
+    files = [str(image_folder / "cat" / f"{index:02d}_RGB.png") for index in (8, 9, 10)] + broken[-1:]
+    rows = {"image": [{"bytes": Path(file).read_bytes(), "path": None} for file in files], "label": [0, 1, 0, 1]}
+    table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image(decode=False))
+    table.to_parquet(tmp_path / "table.parquet")
+    data = load_parquet(str(tmp_path / "table.parquet"), str(tmp_path / "table.parquet"))
+    data = replace(data, train=data.train.sample(4).without({0}))  # numbers stay those of the file
+    assert [str(one) for one in find_unreadable(data)] == ["train: row 3", "evaluation: row 3"]
 
 
 def test_several_processes_share_the_checking(image_folder: Path, broken: list[str]) -> None:

@@ -1,9 +1,8 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
 """Checkpoints at epoch boundaries that continue a training bit by bit.
 
-Accelerate restores models, optimizers and random states, but a loader draws a seed when its next pass starts, so
-restored random states alone do not continue what was interrupted. Here every epoch starts from its own seed instead
-(`epoch_seed`): nothing random crosses the boundary between two epochs.
+Every epoch starts from a seed of its own (`epoch_seed`), so nothing random crosses the boundary between two epochs:
+order, augmentation, mixing, dropout and the seeds of loading processes follow from seed and epoch alone.
 
 A checkpoint is written under a temporary name and renamed when complete. No pickle is loaded without `weights_only`.
 """

@@ -60,7 +60,8 @@ def load_digits() -> ImageClassificationData:
         LabelledImages(test),
         source="digits",
         evaluation_split="test",
-        held_out_by="20 % of the images, stratified by class, the same in every run",
+        held_out_by="20 % of the images, stratified by class, the same in every run; the default settings were chosen "
+        "by their accuracy on these images",
         license="cc-by-4.0",
     )
 
@@ -147,7 +148,7 @@ def _assemble(
 def _standard(
     rows: datasets.Dataset, image_column: str, label_column: str, class_names: list[str] | None = None
 ) -> datasets.Dataset:
-    """Columns `image`, not decoded, and `label`, an index into `class_names` or into the classes found."""
+    """The columns of `LabelledImages`; labels index `class_names` or, without these, the classes found."""
     _check_columns(rows, image_column, label_column)
     names = _label_names(rows, label_column)
     class_names = _class_names(rows, label_column) if class_names is None else class_names
@@ -162,7 +163,8 @@ def _standard(
         kind = rows.features[image_column]
         raise ValueError(f"Expected images in column {image_column!r}, got {kind}") from error
     labels = [index_of[name] for name in names]
-    return images.add_column("label", labels, feature=datasets.ClassLabel(names=class_names))
+    images = images.add_column("label", labels, feature=datasets.ClassLabel(names=class_names))
+    return images.add_column("row", list(range(len(images))))
 
 
 def _check_columns(rows: datasets.Dataset, *columns: str) -> None:

@@ -29,7 +29,8 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
     """The images of one split, decoded one at a time.
 
     Args:
-        rows: columns `image` (`datasets.Image(decode=False)`) and `label` (`datasets.ClassLabel`).
+        rows: columns `image` (`datasets.Image(decode=False)`), `label` (`datasets.ClassLabel`) and `row` (its number
+            at the source).
     """
 
     def __init__(self, rows: datasets.Dataset) -> None:
@@ -47,9 +48,7 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
         row = self.rows[int(index)]
         try:
             return decode_rgb(row["image"]), row["label"]
-        except (
-            Exception
-        ) as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more on broken data
+        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more
             raise ValueError(f"Expected a readable image, got {self.source_of(index)}: {error}") from error
 
     @property
@@ -58,8 +57,10 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
         return list(self.rows.features["label"].names)
 
     def source_of(self, index: int) -> str:
-        """Where image `index` came from: its file, or its row number where there is none."""
-        return self.rows[int(index)]["image"]["path"] or f"row {index}"
+        """Where image `index` came from: its file, or its row at the source where it is stored in a table."""
+        row = self.rows[int(index)]
+        path, embedded = row["image"]["path"], row["image"]["bytes"] is not None
+        return f"row {row['row']}" + (f" ({path})" if path else "") if embedded else path
 
     def without(self, left_out: set[int]) -> "LabelledImages":
         """All images but those of the indices given.
@@ -122,6 +123,9 @@ class Unreadable:
     source: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.split}: {self.source}"
+
 
 def find_unreadable(data: ImageClassificationData, process_index: int = 0, num_processes: int = 1) -> list[Unreadable]:
     """Decode every image of both splits once and report those that fail; of several processes, each does its share."""
@@ -149,7 +153,7 @@ def without_unreadable(
         ValueError: naming the files, if the policy is `raise`, or if no image of a split is left.
     """
     if unreadable and policy == "raise":
-        listed = "\n".join(f"  {one.source}: {one.reason}" for one in unreadable)
+        listed = "\n".join(f"  {one}: {one.reason}" for one in unreadable)
         raise ValueError(f"Expected readable images, got {len(unreadable)} that are not:\n{listed}")
     return replace(
         data,
