@@ -22,9 +22,10 @@ $(READY): pyproject.toml constraints.txt
 
 install: $(READY) ## create the environment
 
-demo: $(READY) ## train on digits, evaluate, save, load back, draw attention
+demo: $(READY) ## train on digits with and without registers, evaluate, save, load back, draw attention
 	$(ONE_THREAD) $(LAUNCH) examples/train_image_classification.py --output_dir $(DEMO)
-	$(ONE_THREAD) $(BIN)/python examples/inference.py --model_dir $(DEMO) --output_dir $(DEMO)/inference
+	$(ONE_THREAD) $(LAUNCH) examples/train_image_classification.py --output_dir $(DEMO)-plain --num_register_tokens 0
+	$(ONE_THREAD) $(BIN)/python examples/inference.py --model_dir $(DEMO) --compare_with $(DEMO)-plain
 
 test: $(READY) ## run the tests of this package
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadscope

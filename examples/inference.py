@@ -3,8 +3,10 @@
 
     python examples/inference.py --model_dir outputs/digits
     python examples/inference.py --model_dir outputs/photos --images a.jpg b.png --top_k 3 --output_dir outputs/seen
+    python examples/inference.py --model_dir outputs/digits --compare_with outputs/digits-plain
 
-Without `--images` it takes a few digits of the test set. It prints the best classes of every image and the shapes of
+Without `--images` it takes a few digits of the test set. `--compare_with` draws CLS of a second model, say one without
+registers, beside the first. It prints the best classes of every image and the shapes of
 the features, and writes `attention.png`; about ten seconds on one CPU core, most of them imports.
 """
 
@@ -15,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
-from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
 
 import vitreg_hf  # noqa: F401 - registers the model family with Transformers
 from vitreg_hf.analysis.extract import prefix_attention
@@ -34,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, classes in zip(names, predictions, strict=True):
         print(f"{name}: " + ", ".join(f"{one['label']} {one['score']:.3f}" for one in classes))
 
-    # Loading reports the classifier's weights as unexpected: features do not need them.
     extract = pipeline("image-feature-extraction", model=options.model_dir)
     features = np.array([extract(image)[0] for image in images])
     print(f"features of all tokens (images, tokens, channels): {features.shape}")
@@ -49,17 +50,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{field}: {'none' if tokens is None else tuple(tokens.shape)}")
 
     attention = prefix_attention(model, pixel_values)
+    maps, token_names = attention.mean_over_heads(), attention.token_names
+    if options.compare_with:
+        other = AutoModel.from_pretrained(options.compare_with).eval()
+        other_maps = prefix_attention(other, pixel_values).mean_over_heads()
+        maps = torch.cat([other_maps[:, :1], maps], dim=1)
+        token_names = [f"CLS, other model\nwith {other.config.num_register_tokens} registers", *token_names]
     seen = processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
     best = [f"predicted: {classes[0]['label']} ({classes[0]['score']:.0%})" for classes in predictions]
     path = Path(options.output_dir or options.model_dir) / "attention.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     attention_figure(
         seen.permute(0, 2, 3, 1).numpy(),
-        attention.mean_over_heads(),
+        maps,
         path,
-        token_names=attention.token_names,
+        token_names=token_names,
         captions=[f"{name}\n{guess}" for name, guess in zip(names, best, strict=True)],
         title=f"{Path(options.model_dir).resolve().name}: attention in the last layer (layer {attention.layer + 1})",
+        equal_share=attention.equal_share(),
     )
     print(f"picture: {path}")
 
@@ -70,10 +78,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model_dir", default="outputs/digits", help="folder of a trained model")
     parser.add_argument("--images", nargs="+", help="image files; default: digits of the test set")
     parser.add_argument("--top_k", type=int, default=3, help="classes printed per image")
+    parser.add_argument("--compare_with", help="folder of a model for the same images, whose CLS is drawn beside")
     parser.add_argument("--output_dir", help="folder of the picture; default: that of the model")
     options = parser.parse_args(argv)
-    if not (Path(options.model_dir) / "config.json").is_file():
-        parser.error(f"expected a folder with a trained model in --model_dir, got {options.model_dir!r}")
+    for name in ("model_dir", "compare_with"):
+        folder = getattr(options, name)
+        if folder is not None and not (Path(folder) / "config.json").is_file():
+            parser.error(f"expected a folder with a trained model in --{name}, got {folder!r}")
     if missing := [name for name in options.images or () if not Path(name).is_file()]:
         parser.error(f"expected existing files in --images, got {', '.join(missing)}")
     if options.top_k < 1:

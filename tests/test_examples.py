@@ -124,7 +124,8 @@ def test_auto_classes_load_what_was_saved_and_repeat_its_accuracy(digits):
 
 
 def test_inference_on_the_digits(digits, environment, tmp_path):
-    finished = run([PYTHON, INFERENCE, "--model_dir", digits[0], "--output_dir", tmp_path, "--top_k", 2], environment)
+    options = ["--output_dir", tmp_path, "--top_k", 2, "--compare_with", digits[0]]
+    finished = run([PYTHON, INFERENCE, "--model_dir", digits[0], *options], environment)
     assert finished.returncode == 0, finished.stderr[-3000:]
     lines = re.findall(r"a scanned (\d): (\d) ([\d.]+), (\d) ([\d.]+)", finished.stdout)
     assert len(lines) == 5
@@ -133,6 +134,7 @@ def test_inference_on_the_digits(digits, environment, tmp_path):
         assert shape in finished.stdout
     with PIL.Image.open(tmp_path / "attention.png") as picture:
         assert picture.height > 5 * 200
+        assert picture.width > 7 * 200  # the input, CLS of the other model, CLS and four registers
 
 
 # Launches
@@ -343,6 +345,7 @@ def test_inference_refuses_what_is_not_there(example, tmp_path, capsys):
     for argv, message in (
         (["--model_dir", tmp_path], "expected a folder with a trained model in --model_dir"),
         (["--model_dir", "/no/such"], "expected a folder with a trained model"),
+        (["--compare_with", "/no/such"], "expected a folder with a trained model in --"),
     ):
         with pytest.raises(SystemExit):
             example(INFERENCE, *argv)

@@ -51,6 +51,7 @@ def test_attention_figure(tmp_path, rows, columns, patches):
         token_names=["CLS", "register 1", "register 2", "register 3", "register 4"][:columns],
         captions=["an image"] * rows,
         title="a model",
+        equal_share=0.05,
     )
     with PIL.Image.open(path) as picture:
         assert picture.width > 150 * columns
@@ -59,10 +60,11 @@ def test_attention_figure(tmp_path, rows, columns, patches):
 
 def test_what_does_not_fit_is_refused(tmp_path):
     images, maps = np.zeros((2, 8, 8, 3), np.uint8), torch.rand(2, 1, 4, 4)
+    rest = {"title": "", "equal_share": 0.05}
     with pytest.raises(ValueError, match=r"2 images and 2 tokens, got \(2, 1\), and 2 captions"):
-        attention_figure(images, maps, tmp_path / "a.png", token_names=["CLS", "x"], captions=["", ""], title="")
+        attention_figure(images, maps, tmp_path / "a.png", token_names=["CLS", "x"], captions=["", ""], **rest)
     with pytest.raises(ValueError, match="and 1 captions"):
-        attention_figure(images, maps, tmp_path / "a.png", token_names=["CLS"], captions=[""], title="")
+        attention_figure(images, maps, tmp_path / "a.png", token_names=["CLS"], captions=[""], **rest)
 
 
 def test_global_state_is_left_alone(tmp_path):

@@ -32,6 +32,10 @@ class PrefixAttention:
         """`(B, T, rows, columns)`."""
         return self.maps.mean(dim=1)
 
+    def equal_share(self) -> float:
+        """What each of all tokens would get if all got the same."""
+        return 1 / (len(self.token_names) + self.maps[0, 0, 0].numel())
+
     def share_on_patches(self) -> Tensor:
         """Share of each token's attention that goes to patches, not to the prefix, mean over heads, `(B, T)`."""
         return self.mean_over_heads().sum(dim=(-2, -1))

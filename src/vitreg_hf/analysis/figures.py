@@ -75,6 +75,7 @@ def attention_figure(
     token_names: Sequence[str],
     captions: Sequence[str],
     title: str,
+    equal_share: float,
 ) -> None:
     """Draw one row per image: the image, then what CLS and each register attend to, on one colour scale.
 
@@ -85,6 +86,7 @@ def attention_figure(
         token_names: T names.
         captions: B texts for the left of each row.
         title: model and layer.
+        equal_share: attention that each token would get if all got the same, for comparison.
 
     Raises:
         ValueError: if the numbers of images, maps, names and captions do not fit.
@@ -105,10 +107,9 @@ def attention_figure(
     for axes, name in zip(grid[0], ["input", *token_names], strict=True):
         axes.set_title(name if name == "input" else f"{name}\n{axes.get_title()}", fontsize=10)
     figure.colorbar(drawn, ax=grid[:, 1:], label="attention to a patch (probability, mean of heads)")
-    equal = 1 / (values.shape[1] + values[0, 0].size)
     figure.suptitle(
         f"{title}\n% on patches: share of a token's attention on patches, the rest is on CLS and registers; "
-        f"equal attention to all tokens would be {equal:.3f} each"
+        f"equal attention to all tokens would be {equal_share:.3f} each"
     )
     _save(figure, path)
 

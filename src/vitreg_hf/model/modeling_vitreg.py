@@ -314,8 +314,11 @@ class ViTRegPreTrainedModel(PreTrainedModel):
 class ViTRegModel(ViTRegPreTrainedModel):
     """The backbone without a head."""
 
-    # A masked-image-modeling checkpoint also holds its decoder.
-    _keys_to_ignore_on_load_unexpected = [r"embeddings\.mask_token$", r"^decoder\."]
+    # A checkpoint of a model with a head is a complete backbone; what its head holds is no news to who loads that.
+    _keys_to_ignore_on_load_unexpected = [
+        r"embeddings\.mask_token$",
+        r"^(classifier|decoder|decode_head|batch_norm)\.",
+    ]
 
     def __init__(self, config: ViTRegConfig, use_mask_token: bool = False) -> None:
         super().__init__(config)
@@ -347,7 +350,7 @@ class ViTRegModel(ViTRegPreTrainedModel):
             pixel_values: `(B, C, H, W)`, any H and W that the patch size divides (see `pad_to_patch_size`).
             bool_masked_pos: `(B, P)`, True where a patch is replaced by the mask token.
             pixel_mask: `(B, H, W)`, 1 for real pixels, when images of several sizes were padded on the right and at
-                the bottom. Padding is attended to by nothing, and every image has the positions that it has on its own.
+                the bottom. Padding is attended to by nothing, and every image has the positions that it has alone.
             output_attentions: return `attentions`, one `(B, h, N, N)` per layer: probabilities before dropout,
                 whatever the backend. Holds N x N maps; `output_prefix_attentions` is the cheap way.
             output_hidden_states: return `hidden_states`, embeddings and every block's output, before the final norm.
