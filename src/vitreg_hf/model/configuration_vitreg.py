@@ -173,9 +173,7 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
         self.check_values()
         kwargs.pop("stage_names", None)  # follows from the depth
         self.stage_names = ["stem", *(f"stage{i}" for i in range(1, self.num_hidden_layers + 1))]
-        self.set_output_features_output_indices(
-            out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
-        )
+        self.set_output_features_output_indices(kwargs.pop("out_features", None), kwargs.pop("out_indices", None))
         if self.use_swiglu_ffn:
             plan = {**self.base_model_tp_plan, "layers.*.mlp.gate_proj": "colwise"}
             self.base_model_tp_plan = plan  # type: ignore[misc]  # Transformers reads it off the instance

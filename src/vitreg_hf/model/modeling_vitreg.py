@@ -273,8 +273,11 @@ class ViTRegPreTrainedModel(PreTrainedModel):
         "prefix_attentions": OutputRecorder(ViTRegAttention, index=2),
     }
     _input_embed_layer = "patch_embeddings"
-    # The token of masked image modeling is of no use to the other heads, which do not have it.
-    _keys_to_ignore_on_load_unexpected = [r"embeddings\.mask_token$"]
+    # What belongs to another head is no loss: a head that is missing is still reported as new.
+    _keys_to_ignore_on_load_unexpected = [
+        r"embeddings\.mask_token$",
+        r"^(classifier|decoder|decode_head|batch_norm)\.",
+    ]
 
     def __init__(self, config: ViTRegConfig, *inputs: Any, **kwargs: Any) -> None:
         config.check_values()  # fields may have been set since the config was made
@@ -313,12 +316,6 @@ class ViTRegPreTrainedModel(PreTrainedModel):
 
 class ViTRegModel(ViTRegPreTrainedModel):
     """The backbone without a head."""
-
-    # A checkpoint of a model with a head is a complete backbone; what its head holds is no news to who loads that.
-    _keys_to_ignore_on_load_unexpected = [
-        r"embeddings\.mask_token$",
-        r"^(classifier|decoder|decode_head|batch_norm)\.",
-    ]
 
     def __init__(self, config: ViTRegConfig, use_mask_token: bool = False) -> None:
         super().__init__(config)
