@@ -24,13 +24,16 @@ ROWS = {
 }
 # Inside the model every file names the siblings that it may import.
 MODEL_IMPORTS = {
-    "configuration_vitreg": set(),
+    "configuration_checks": set(),
+    "configuration_vitreg": {"configuration_checks"},
     "outputs": set(),
+    "recording": set(),
     "image_inputs": set(),
     "token_layout": {"configuration_vitreg"},
     "position_embedding": {"configuration_vitreg"},
     "embeddings": {"configuration_vitreg", "token_layout", "position_embedding"},
-    "modeling_vitreg": {"configuration_vitreg", "embeddings", "outputs", "token_layout"},
+    "attention": {"configuration_vitreg", "recording", "token_layout"},
+    "modeling_vitreg": {"attention", "configuration_vitreg", "embeddings", "outputs", "recording", "token_layout"},
     "image_processing_pil_vitreg": {"image_inputs"},
     "image_processing_vitreg": {"image_inputs", "image_processing_pil_vitreg"},
 }

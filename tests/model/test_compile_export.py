@@ -1,5 +1,7 @@
 """torch.compile without graph breaks, torch.export and ONNX with dynamic sizes, each verified at a second size."""
 
+import warnings
+
 import pytest
 import torch
 from torch.export import Dim
@@ -180,6 +182,15 @@ class TestExport:
         ).module()
         with pytest.raises((RuntimeError, AssertionError)):
             program(pixel_values=torch.randn(2, 3, 37, 45))
+
+
+def test_torch_jit_trace(make_config):
+    model = ViTRegForImageClassification(make_config(return_dict=False)).eval()
+    with warnings.catch_warnings():  # tracing is deprecated, and still what some deployments take
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, torch.randn(*SIZES[0]), strict=False)
+    pixels = torch.randn(*SIZES[0])
+    torch.testing.assert_close(traced(pixels)[0], model(pixels)[0], atol=1e-5, rtol=1e-5)
 
 
 class TestOnnx:

@@ -5,6 +5,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig
 
 from vitreg_hf import ViTRegConfig, ViTRegModel
+from vitreg_hf.model.outputs import ViTRegTokens
 
 
 def test_defaults_are_a_base_model_with_four_registers():
@@ -106,6 +107,16 @@ def test_a_file_may_carry_attributes_of_another_version(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "from_the_future": 3}))
     assert ViTRegConfig.from_pretrained(tmp_path).from_the_future == 3
+
+
+def test_a_composite_may_hold_attributes_of_another_version():
+    saved = {**ViTRegConfig().to_dict(), "from_the_future": 3}
+    assert ViTRegConfig(**saved).from_the_future == 3  # how composite configs make their parts
+
+
+def test_what_trainer_leaves_out_are_the_named_tokens():
+    fields = ["hidden_states", "attentions", *ViTRegTokens.__dataclass_fields__]
+    assert ViTRegConfig.keys_to_ignore_at_inference == fields
 
 
 def test_overrides_at_loading_are_checked(tmp_path):

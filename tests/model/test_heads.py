@@ -69,6 +69,11 @@ class TestMaskedImageModeling:
         by_patch = errors.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
         torch.testing.assert_close(outputs.loss, by_patch[masked].mean())
 
+    def test_the_loss_of_a_half_precision_model_is_finite(self, make_config):
+        model = ViTRegForMaskedImageModeling(make_config()).half()
+        images = torch.full((16, 3, 128, 128), 30.0, dtype=torch.float16)
+        assert model(images, bool_masked_pos=torch.ones(16, 256, dtype=torch.bool)).loss.isfinite()
+
     def test_without_a_mask_there_is_no_loss(self, make_config):
         assert ViTRegForMaskedImageModeling(make_config())(pixels).loss is None
 
@@ -137,6 +142,29 @@ class TestSegmentation:
         torch.testing.assert_close(outputs.logits, expected, atol=1e-4, rtol=1e-4)
         assert not any("batch_norm" in n for n, _ in ViTRegForSemanticSegmentation(make_config()).named_parameters())
 
+    def test_batch_norm_counts_real_patches_alone(self, make_config):
+        model = ViTRegForSemanticSegmentation(make_config(segmentation_batch_norm=True)).train()
+        image, padded, mask = torch.randn(1, 3, 32, 16), torch.zeros(1, 3, 32, 64), torch.zeros(1, 32, 64)
+        padded[..., :16], mask[..., :16] = image, 1
+        alone = model(image).logits
+        statistics = model.batch_norm.running_mean.clone()
+        model.batch_norm.reset_running_stats()
+        together = model(padded, pixel_mask=mask).logits
+        torch.testing.assert_close(together[..., :2], alone, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model.batch_norm.running_mean, statistics, atol=1e-5, rtol=1e-5)
+        together.sum().backward()
+        assert model.vitreg.embeddings.register_tokens.grad.isfinite().all()
+
+    @pytest.mark.parametrize("labels", [1, 5])
+    def test_a_batch_without_a_counted_label_costs_nothing(self, make_config, labels):
+        model = ViTRegForSemanticSegmentation(make_config(num_labels=labels)).eval()
+        assert model(pixels, labels=torch.full((2, 40, 24), 255)).loss == 0
+
+    def test_labels_of_any_integer_type(self, make_config):
+        model = ViTRegForSemanticSegmentation(make_config()).eval()
+        labels = torch.randint(0, 5, (2, 40, 24))
+        assert model(pixels, labels=labels.int()).loss == model(pixels, labels=labels).loss
+
     def test_padding_is_cut_off(self, make_config):
         model = ViTRegForSemanticSegmentation(make_config(pad_to_patch_size=True)).eval()
         labels = torch.randint(0, 5, (1, 37, 45))
@@ -163,6 +191,18 @@ class TestBackbone:
         config = make_config(out_indices=[1], apply_layernorm=False, reshape_hidden_states=False)
         outputs = ViTRegBackbone(config).eval()(pixels, output_hidden_states=True)
         assert torch.equal(outputs.feature_maps[0], outputs.hidden_states[1])
+
+    def test_stages_follow_another_depth(self, make_config, tmp_path):
+        ViTRegBackbone(make_config()).save_pretrained(tmp_path)
+        shallow = ViTRegBackbone.from_pretrained(tmp_path, num_hidden_layers=2).eval()
+        assert shallow.out_features == ["stage2"]
+        assert len(shallow(pixels).feature_maps) == 1
+        chosen = ViTRegBackbone.from_pretrained(tmp_path, num_hidden_layers=2, out_indices=[1]).eval()
+        assert chosen.out_features == ["stage1"]
+        config = make_config(out_features=["stage3"])
+        config.num_hidden_layers = 2
+        with pytest.raises(ValueError, match="out_features must be a subset"):
+            ViTRegBackbone(config)
 
     def test_hidden_states_only_when_asked(self, make_config):
         assert ViTRegBackbone(make_config()).eval()(pixels).hidden_states is None

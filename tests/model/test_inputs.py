@@ -1,7 +1,5 @@
 """Image sizes at run time, padding, and every wrong input with its message."""
 
-import copy
-
 import pytest
 import torch
 
@@ -78,6 +76,13 @@ WRONG_INPUTS = [
         r"Expected layers of 3 in output_prefix_attentions, got \[3\]",
     ),
     ((torch.zeros(1, 3, 32, 32),), {"output_atentions": True}, TypeError, "unexpected keyword.*'output_atentions'"),
+    (
+        (torch.zeros(1, 3, 32, 32),),
+        {"interpolate_pos_encoding": True},
+        TypeError,
+        "'interpolate_pos_encoding': positions always adapt to the image",
+    ),
+    (([[1.0]],), {}, ValueError, "Expected pixel_values as a torch tensor, got list"),
 ]
 
 
@@ -85,6 +90,10 @@ WRONG_INPUTS = [
 def test_wrong_inputs_say_what_was_expected_and_what_came(make_config, args, kwargs, error, message):
     with pytest.raises(error, match=message):
         ViTRegModel(make_config())(*args, **kwargs)
+
+
+def test_arguments_that_are_none_are_no_mistake(make_config):
+    ViTRegModel(make_config())(torch.zeros(1, 3, 32, 32), attention_mask=None, interpolate_pos_encoding=None)
 
 
 def test_a_mask_of_the_wrong_length_is_refused(make_config):
@@ -154,50 +163,71 @@ class TestPaddedBatches:
         assert model(pixels, pixel_mask=mask).patch_mask.sum() == 5 * 3
 
 
-class TestPositionCache:
+class TestPositionsFollowTheWeights:
+    """Whatever changes the table of positions changes what comes out, at sizes seen before too."""
+
     pixels = torch.randn(1, 3, 48, 24)
 
-    def test_used_only_when_no_gradient_is_needed(self, make_config):
-        model = ViTRegModel(make_config()).eval()
-        model(self.pixels)
-        assert len(model.embeddings.position_cache) == 0
-        with torch.no_grad():
-            first, second = model(self.pixels), model(self.pixels)
-        assert len(model.embeddings.position_cache) == 1
-        assert torch.equal(first.last_hidden_state, second.last_hidden_state)
-
-    def test_frozen_positions_are_cached_while_the_rest_needs_a_gradient(self, make_config):
-        model = ViTRegModel(make_config()).eval()
-        model.embeddings.position_embeddings.requires_grad_(False)
-        model(self.pixels).pooler_output.sum().backward()
-        assert len(model.embeddings.position_cache) == 1
-
-    def test_own_size_needs_no_cache(self, make_config):
+    @pytest.fixture
+    def model(self, make_config):
         model = ViTRegModel(make_config()).eval()
         with torch.no_grad():
-            model(torch.randn(1, 3, 32, 32))
-        assert len(model.embeddings.position_cache) == 0
+            model(self.pixels)
+        return model
+
+    def expected(self, model, table):
+        """The same network made anew around a table."""
+        other = ViTRegModel(model.config).eval()
+        other.load_state_dict({**model.state_dict(), "embeddings.position_embeddings": table})
+        return other(self.pixels).last_hidden_state
 
     @torch.no_grad()
-    def test_new_weights_are_noticed(self, make_config):
-        model, other = ViTRegModel(make_config()).eval(), ViTRegModel(make_config()).eval()
-        model(self.pixels)
-        model.load_state_dict(other.state_dict())
-        torch.testing.assert_close(model(self.pixels).last_hidden_state, other(self.pixels).last_hidden_state)
+    def test_written_in_place_or_behind_autograd(self, model):
+        table = model.embeddings.position_embeddings
+        for write in (lambda: table.mul_(2), lambda: table.data.mul_(0.3), lambda: table.data.add_(1.0)):
+            write()
+            wanted = self.expected(model, table.clone())
+            torch.testing.assert_close(model(self.pixels).last_hidden_state, wanted)
 
     @torch.no_grad()
-    def test_training_empties_it(self, make_config):
-        model = ViTRegModel(make_config()).eval()
-        model(self.pixels)
-        model.train()
-        assert len(model.embeddings.position_cache) == 0
-        model(self.pixels)
-        assert len(model.embeddings.position_cache) == 0
+    def test_replaced(self, model):
+        for _ in range(4):  # freed memory is used again, so an address says nothing
+            table = torch.randn_like(model.embeddings.position_embeddings)
+            wanted = self.expected(model, table)
+            model.load_state_dict({**model.state_dict(), "embeddings.position_embeddings": table}, assign=True)
+            torch.testing.assert_close(model(self.pixels).last_hidden_state, wanted)
 
     @torch.no_grad()
-    def test_copies_do_not_share_it(self, make_config):
-        model = ViTRegModel(make_config()).eval()
-        model(self.pixels)
-        twin = copy.deepcopy(model)
-        twin.embeddings.position_cache.clear()
-        assert len(model.embeddings.position_cache) == 1
+    def test_called_with_other_weights(self, model):
+        for _ in range(4):
+            table = torch.randn_like(model.embeddings.position_embeddings)
+            weights = {"embeddings.position_embeddings": table}
+            got = torch.func.functional_call(model, weights, (self.pixels,)).last_hidden_state
+            torch.testing.assert_close(got, self.expected(model, table))
+
+    @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's own attention under vmap
+    @torch.no_grad()
+    def test_an_ensemble_by_vmap(self, make_config):
+        models = [ViTRegModel(make_config()).eval() for _ in range(3)]
+        parameters, buffers = torch.func.stack_module_state(models)
+
+        def tokens(parameters, buffers):
+            return torch.func.functional_call(models[0], (parameters, buffers), (self.pixels,)).cls_token
+
+        together = torch.func.vmap(tokens)(parameters, buffers)
+        alone = torch.stack([model(self.pixels).cls_token for model in models])
+        torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+    @torch.no_grad()
+    def test_autocast_leaves_nothing_behind(self, model):
+        before = model(self.pixels).last_hidden_state
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(self.pixels)
+        assert torch.equal(model(self.pixels).last_hidden_state, before)
+
+
+def test_meta_tensors_pass_with_a_mask(make_config):
+    with torch.device("meta"):
+        model = ViTRegModel(make_config())
+        outputs = model(torch.empty(2, 3, 32, 32), pixel_mask=torch.ones(2, 32, 32))
+    assert outputs.last_hidden_state.shape == (2, 21, 32)

@@ -108,6 +108,11 @@ class TestAcrossHeads:
         for name, tensor in loaded.state_dict().items():
             assert torch.equal(saved.vitreg.state_dict()[name], tensor)
 
+    def test_what_belongs_to_the_own_head_is_reported(self, make_config, tmp_path, warnings_of_transformers):
+        ViTRegForSemanticSegmentation(make_config(segmentation_batch_norm=True)).save_pretrained(tmp_path)
+        ViTRegForSemanticSegmentation.from_pretrained(tmp_path, segmentation_batch_norm=False)
+        assert "batch_norm.weight" in warnings_of_transformers.text
+
     def test_another_number_of_labels(self, make_config, tmp_path):
         ViTRegForImageClassification(make_config()).save_pretrained(tmp_path)
         loaded = ViTRegForImageClassification.from_pretrained(tmp_path, num_labels=9, ignore_mismatched_sizes=True)

@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from torch.nn.parallel import scatter_gather
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils.output_capturing import capture_outputs
 
 from vitreg_hf import (
     ViTRegBackbone,
@@ -12,6 +14,7 @@ from vitreg_hf import (
     ViTRegForMaskedImageModeling,
     ViTRegForSemanticSegmentation,
     ViTRegModel,
+    ViTRegPreTrainedModel,
 )
 
 FAMILY = [
@@ -22,6 +25,24 @@ FAMILY = [
     ViTRegBackbone,
 ]
 BACKENDS = ["eager", "sdpa", "flex_attention"]
+
+
+class Outer(ViTRegPreTrainedModel):
+    """Another model around ours, with recorded outputs of its own."""
+
+    _can_record_outputs = {"hidden_states": torch.nn.Linear}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.inner = ViTRegModel(config)
+        self.projection = torch.nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values, **kwargs):
+        return BaseModelOutput(last_hidden_state=self.projection(self.inner(pixel_values).cls_token))
+
+
 pixels = torch.randn(2, 3, 40, 24, generator=torch.Generator().manual_seed(3))
 
 
@@ -135,7 +156,7 @@ class TestAttentions:
         outputs = model(pixels, output_attentions=True, output_prefix_attentions=True)
         torch.testing.assert_close(outputs.prefix_attentions[0], outputs.attentions[0][:, :, :4])
 
-    @pytest.mark.parametrize(("asked", "present"), [([0, 2], {0, 2}), ([-1], {2}), ((1,), {1}), ([], set())])
+    @pytest.mark.parametrize(("asked", "present"), [([0, 2], {0, 2}), ([-1], {2}), ((1,), {1}), (1, {1}), ([], set())])
     def test_chosen_layers_keep_their_index(self, make_config, asked, present):
         model = ViTRegModel(make_config()).eval()
         every = model(pixels, output_prefix_attentions=True).prefix_attentions
@@ -223,7 +244,31 @@ class TestIntermediateLayers:
             model.get_intermediate_layers(pixels, return_class_token=True)
 
 
-def test_recording_is_not_doubled_by_copies_or_heads(make_config):
-    model = copy.deepcopy(ViTRegForImageClassification(make_config())).eval()
-    outputs = model(pixels, output_hidden_states=True, output_attentions=True)
-    assert (len(outputs.hidden_states), len(outputs.attentions)) == (4, 3)
+class TestRecording:
+    @staticmethod
+    def counts(model):
+        outputs = model(pixels, output_hidden_states=True, output_attentions=True, output_prefix_attentions=[1])
+        return len(outputs.hidden_states), len(outputs.attentions), [a is None for a in outputs.prefix_attentions]
+
+    wanted = (4, 3, [True, False, True])
+
+    @pytest.mark.parametrize("model_class", FAMILY)
+    def test_copies(self, make_config, model_class):
+        model = model_class(make_config()).eval()
+        assert self.counts(copy.deepcopy(model)) == self.wanted
+        assert self.counts(copy.deepcopy(copy.deepcopy(model))) == self.wanted
+
+    @pytest.mark.parametrize("model_class", FAMILY)
+    def test_pickled_models(self, make_config, model_class, tmp_path):
+        model = model_class(make_config()).eval()
+        torch.save(model, tmp_path / "model.pt")
+        loaded = torch.load(tmp_path / "model.pt", weights_only=False)  # our own file: this is about pickling
+        torch.testing.assert_close(loaded(pixels)[0], model(pixels)[0])
+        assert self.counts(loaded) == self.wanted
+        assert self.counts(model) == self.wanted
+
+    def test_inside_a_model_that_records_too(self, make_config):
+        outer = Outer(make_config()).eval()
+        for _ in range(2):
+            outer(pixels, output_hidden_states=True)
+            assert self.counts(outer.inner) == self.wanted

@@ -2,10 +2,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitreg_hf.model.position_embedding import InterpolationRule, PositionCache, interpolate_positions
+from vitreg_hf.model.position_embedding import InterpolationRule, PositionInterpolation
 
 GRIDS = [(7, 5), (37, 37), (3, 29), (13, 12), (1, 1), (15, 10)]
 RULES = [InterpolationRule(m, a, o) for m in ("bicubic", "bilinear") for a in (False, True) for o in (0.0, 0.1)]
+
+
+def interpolate_positions(table, grid, rule, true_grids=None):
+    return PositionInterpolation(rule, tuple(table.shape[:2]))(table, grid, true_grids)
 
 
 def reference(table, grid, rule):
@@ -67,28 +71,51 @@ def test_half_precision_tables_are_resized_in_float32():
     torch.testing.assert_close(resized, interpolate_positions(table.float(), (9, 4), rule).bfloat16())
 
 
-class TestCache:
-    rule = InterpolationRule("bicubic", True, 0.0)
+class TestKeptWeights:
+    """Weights of a size are computed once; the table they are applied to may be another at every call."""
 
-    def test_computes_each_size_once(self):
-        cache, table = PositionCache(), torch.randn(4, 4, 2)
-        assert cache.get(table, (6, 6), self.rule) is cache.get(table, (6, 6), self.rule)
-        assert len(cache) == 1
+    @pytest.fixture
+    def interpolation(self):
+        return PositionInterpolation(InterpolationRule("bicubic", True, 0.0), (4, 4), max_sizes=3)
 
-    def test_notices_that_the_table_was_written_to(self):
-        cache, table = PositionCache(), torch.randn(4, 4, 2)
-        before = cache.get(table, (6, 6), self.rule)
-        table.mul_(2)
-        torch.testing.assert_close(cache.get(table, (6, 6), self.rule), 2 * before)
+    def test_computed_once_per_size(self, interpolation, monkeypatch):
+        computed = []
+        weights = InterpolationRule.weights
+        monkeypatch.setattr(InterpolationRule, "weights", lambda self, *a: computed.append(a) or weights(self, *a))
+        for _ in range(3):
+            interpolation(torch.randn(4, 4, 2), (6, 5))
+        assert len(computed) == 2  # one per axis
+        interpolation(torch.randn(4, 4, 2), (6, 5), cached=False)
+        assert len(computed) == 4
 
-    def test_keeps_a_bounded_number_of_sizes(self):
-        cache, table = PositionCache(max_sizes=3), torch.randn(4, 4, 2)
-        for size in range(1, 9):
-            cache.get(table, (size, size), self.rule)
-        assert len(cache) == 3
+    def test_every_table_gets_its_own_positions(self, interpolation):
+        for _ in range(3):
+            table = torch.randn(4, 4, 2)
+            expected = reference(table, (6, 5), interpolation.rule)
+            torch.testing.assert_close(interpolation(table, (6, 5)), expected, atol=2e-5, rtol=0)
 
-    def test_tensors_of_inference_mode_stay_there(self):
-        cache, table = PositionCache(), torch.randn(4, 4, 2)
+    def test_a_bounded_number_of_sizes(self, interpolation):
+        for size in range(5, 12):
+            interpolation(torch.randn(4, 4, 2), (size, size))
+        assert len(interpolation._kept) == 3
+
+    def test_what_inference_mode_kept_is_not_used_where_gradients_are_recorded(self, interpolation):
+        table = torch.randn(4, 4, 2, requires_grad=True)
         with torch.inference_mode():
-            assert cache.get(table, (6, 6), self.rule).is_inference()
-        assert not cache.get(table, (6, 6), self.rule).is_inference()
+            interpolation(table, (6, 5))
+        interpolation(table, (6, 5)).sum().backward()
+        assert table.grad.abs().sum() > 0
+
+    def test_fake_tensors_are_not_kept(self, interpolation):
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        with FakeTensorMode():
+            interpolation(torch.randn(4, 4, 2), (6, 5))
+        assert interpolation(torch.randn(4, 4, 2), (6, 5)).isfinite().all()
+
+
+def test_autocast_does_not_lower_the_precision():
+    interpolation, table = PositionInterpolation(InterpolationRule("bicubic", True, 0.0), (4, 4)), torch.randn(4, 4, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lowered = interpolation(table, (6, 5))
+    assert torch.equal(lowered, interpolation(table, (6, 5)))

@@ -1,19 +1,15 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
-"""Configuration of the ViTReg family: every field, its default, and the checks that refuse a wrong value."""
+"""Configuration of the ViTReg family: every field, its default, and what follows from the fields."""
 
 import difflib
-import math
 from dataclasses import fields
 from typing import Any, ClassVar, cast
 
 from huggingface_hub.dataclasses import strict
-from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
-POOLINGS = ("cls", "mean", "cls_mean", "cls_register_mean")
-DROP_PATH_SCHEDULES = ("linear", "uniform")
-INTERPOLATION_MODES = ("bicubic", "bilinear")
+from .configuration_checks import check_values, pair
 
 # Arguments that PreTrainedConfig takes without declaring them as fields, or that a saved config carries back.
 _UNDECLARED_ARGUMENTS = {
@@ -22,17 +18,9 @@ _UNDECLARED_ARGUMENTS = {
     *("quantization_config", "gradient_checkpointing"),
 }
 
-# Room kept for checkpoints of other sources: field -> (the one value that is built so far, who has another one).
-_RESERVED: dict[str, tuple[Any, str]] = {
-    "position_embedding_type": ("learned", "rotary positions are what DINOv3 has"),
-    "cls_position_embedding": (True, "a CLS token without a position is what DeiT-III has"),
-    "register_position_embeddings": (False, "registers with positions are what Virchow2 and timm's so150m have"),
-    "embedding_norm": (False, "a norm before the first block is what CLIP has"),
-    "pooled_norm": (False, "a norm on pooled features is what timm's average-pooled models have"),
-    "separate_cls_norm": (False, "a final norm of its own for CLS is what some DINOv3 models have"),
-    "qk_norm": (False, "normalised queries and keys are what some timm models have"),
-    "num_test_time_registers": (0, "registers added after training are a later step of this package"),
-    "register_neurons": (None, "registers added after training are a later step of this package"),
+# Overrides of a loaded config that PreTrainedConfig.from_dict sees to itself.
+_LEFT_TO_BASE = {"num_labels", "attn_implementation", "experts_implementation", "output_attentions"} | {
+    *("torch_dtype", "dtype", "name_or_path"),
 }
 
 
@@ -101,6 +89,11 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
     ```"""
 
     model_type = "vitreg"
+    # What Trainer does not gather over an evaluation set, besides the logits that metrics are computed from.
+    keys_to_ignore_at_inference = [
+        *("hidden_states", "attentions", "cls_token", "register_tokens", "patch_tokens", "patch_map"),
+        *("prefix_attentions", "patch_mask"),
+    ]
     base_model_tp_plan: ClassVar[dict[str, Any]] = {
         "layers.*.attention.q_proj": "colwise",
         "layers.*.attention.k_proj": "colwise",
@@ -147,7 +140,7 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
     position_interpolation_mode: str = "bicubic"
     position_interpolation_antialias: bool = True
     position_interpolation_offset: float | int = 0.0
-    output_prefix_attentions: bool | list[int] | tuple[int, ...] = False
+    output_prefix_attentions: bool | int | list[int] | tuple[int, ...] = False
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True
     segmentation_batch_norm: bool = False
@@ -172,25 +165,29 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
             self.intermediate_size = 4 * self.hidden_size
         self.check_values()
         kwargs.pop("stage_names", None)  # follows from the depth
-        self.stage_names = ["stem", *(f"stage{i}" for i in range(1, self.num_hidden_layers + 1))]
         self.set_output_features_output_indices(kwargs.pop("out_features", None), kwargs.pop("out_indices", None))
         if self.use_swiglu_ffn:
             plan = {**self.base_model_tp_plan, "layers.*.mlp.gate_proj": "colwise"}
             self.base_model_tp_plan = plan  # type: ignore[misc]  # Transformers reads it off the instance
         super().__post_init__(**kwargs)
 
-    # Sizes that follow from the fields
+    # What follows from the fields
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Stages of the backbone: the embeddings and every block."""
+        return ["stem", *(f"stage{i}" for i in range(1, self.num_hidden_layers + 1))]
 
     @property
     def patch_height_width(self) -> tuple[int, int]:
         """Height and width of a patch in pixels."""
-        height, width = _pair(self.patch_size)
+        height, width = pair(self.patch_size)
         return height, width
 
     @property
     def position_grid(self) -> tuple[int, int]:
         """Rows and columns of the position table, in patches."""
-        (height, width), (patch_height, patch_width) = _pair(self.image_size), self.patch_height_width
+        (height, width), (patch_height, patch_width) = pair(self.image_size), self.patch_height_width
         return height // patch_height, width // patch_width
 
     @property
@@ -239,21 +236,18 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build a config from a saved dictionary.
 
-        A file may carry attributes that this version does not know, and keeps them; a call may not. Overrides in
-        `kwargs` are checked like the arguments of a call.
+        A saved dictionary may carry attributes that this version does not know, and keeps them; a call may not.
+        Overrides in `kwargs` are checked like the arguments of a call.
 
         Returns:
             The config, or `(config, unused kwargs)` with `return_unused_kwargs=True`.
         """
-        accepted = cls._accepted_arguments()
-        unknown = {k: v for k, v in config_dict.items() if k not in accepted and not k.startswith("_")}
-        known = {k: v for k, v in config_dict.items() if k not in unknown}
-        result = super().from_dict(known, **kwargs)
-        config = result[0] if isinstance(result, tuple) else result
-        for name, value in unknown.items():
-            setattr(config, name, value)
-        config.check_values()
-        return result
+        saved = {"model_type": cls.model_type, **config_dict}
+        overrides = {name: kwargs.pop(name) for name in cls._accepted_arguments() & kwargs.keys() - _LEFT_TO_BASE}
+        last_stage = [f"stage{saved.get('num_hidden_layers')}"]
+        if overrides.keys() & {"out_features", "out_indices"} or saved.get("out_features") == last_stage:
+            saved = {name: value for name, value in saved.items() if name not in ("out_features", "out_indices")}
+        return super().from_dict({**saved, **overrides}, **kwargs)
 
     # Checks
 
@@ -263,6 +257,8 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def _refuse_misspelt(self, kwargs: dict[str, Any]) -> None:
         accepted = self._accepted_arguments()
+        if "model_type" in kwargs:  # a saved dictionary, which may come from another version
+            return
         for name in kwargs:
             if name in accepted or name.startswith("_"):
                 continue
@@ -276,75 +272,12 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
         Raises:
             ValueError: naming the field, what was expected and what came.
         """
-        self._check_ranges()
-        self._check_choices()
-        self._check_sizes()
-        self._check_combinations()
-        for name, (built, reason) in _RESERVED.items():
-            if getattr(self, name) != built:
-                raise ValueError(f"Expected {name}={built!r}, got {getattr(self, name)!r}: {reason}; not built yet")
-
-    def _check_ranges(self) -> None:
-        counts = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"]
-        for name in counts + (["head_dim"] if self.head_dim is not None else []):
-            _expect(getattr(self, name) > 0, name, "a positive integer", getattr(self, name))
-        _expect(self.num_register_tokens >= 0, "num_register_tokens", "zero or more", self.num_register_tokens)
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
-            _expect(0 <= getattr(self, name) < 1, name, "a probability in [0, 1)", getattr(self, name))
-        for name in ("initializer_range", "token_initializer_range", "layer_norm_eps"):
-            positive = 0 < getattr(self, name) < math.inf
-            _expect(positive, name, "a positive finite number", getattr(self, name))
-        if self.layerscale_value is not None:
-            finite = math.isfinite(self.layerscale_value)
-            _expect(finite, "layerscale_value", "None or a finite number", self.layerscale_value)
-        offset = self.position_interpolation_offset
-        _expect(0 <= offset < math.inf, "position_interpolation_offset", "zero or more", offset)
-
-    def _check_choices(self) -> None:
-        choices = {
-            "pooling": POOLINGS,
-            "drop_path_schedule": DROP_PATH_SCHEDULES,
-            "position_interpolation_mode": INTERPOLATION_MODES,
-        }
-        for name, allowed in choices.items():
-            _expect(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}", getattr(self, name))
-        _expect(self.hidden_act in ACT2FN, "hidden_act", f"one of {', '.join(sorted(ACT2FN))}", self.hidden_act)
-
-    def _check_sizes(self) -> None:
-        for name in ("image_size", "patch_size"):
-            size = _pair(getattr(self, name))
-            valid = len(size) == 2 and all(side > 0 for side in size)
-            _expect(valid, name, "a positive integer or a pair (height, width)", getattr(self, name))
-        for side, patch in zip(_pair(self.image_size), self.patch_height_width, strict=True):
-            multiple = f"a multiple of patch_size ({self.patch_size})"
-            _expect(side % patch == 0, "image_size", multiple, self.image_size)
-
-    def _check_combinations(self) -> None:
-        if self.head_dim is None and self.hidden_size % cast(int, self.num_attention_heads):
-            heads = f"a divisor of hidden_size ({self.hidden_size}), or a head_dim of your own"
-            _expect(False, "num_attention_heads", heads, self.num_attention_heads)
-        if not self.use_cls_token and self.pooling != "mean":
-            _expect(False, "pooling", "mean, as use_cls_token=False leaves no CLS token to read", self.pooling)
-        if self.pooling == "cls_register_mean" and self.num_register_tokens == 0:
-            _expect(False, "num_register_tokens", "at least 1 for pooling='cls_register_mean'", 0)
-        if isinstance(self.output_prefix_attentions, list | tuple):
-            for layer in self.output_prefix_attentions:
-                inside = -self.num_hidden_layers <= layer < self.num_hidden_layers
-                _expect(inside, "output_prefix_attentions", f"layers of {self.num_hidden_layers}", layer)
+        check_values(self)
 
 
 def _default_heads(hidden_size: int) -> int:
     """One head per 64 channels, as in every published ViT, or the next smaller number that divides the width."""
     return next((heads for heads in range(hidden_size // 64, 1, -1) if hidden_size % heads == 0), 1)
-
-
-def _expect(condition: bool, name: str, expected: str, got: Any) -> None:
-    if not condition:
-        raise ValueError(f"Expected {name} to be {expected}, got {got!r}")
-
-
-def _pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 __all__ = ["ViTRegConfig"]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_vitreg import ViTRegConfig
-from .position_embedding import InterpolationRule, PositionCache, interpolate_positions, split_positions
+from .position_embedding import InterpolationRule, PositionInterpolation, split_positions
 from .token_layout import TokenLayout
 
 
@@ -47,8 +47,7 @@ class ViTRegEmbeddings(nn.Module):
         super().__init__()
         self.config = config
         self.layout = TokenLayout.from_config(config)
-        self.rule = InterpolationRule.from_config(config)
-        self.position_cache = PositionCache()
+        self.interpolation = PositionInterpolation(InterpolationRule.from_config(config), config.position_grid)
         width, (rows, columns) = config.hidden_size, config.position_grid
         self.patch_embeddings = ViTRegPatchEmbeddings(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.use_cls_token else None
@@ -59,10 +58,6 @@ class ViTRegEmbeddings(nn.Module):
         wanted = use_mask_token or config.use_mask_token
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if wanted else None
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def train(self, mode: bool = True) -> "ViTRegEmbeddings":
-        self.position_cache.clear()
-        return super().train(mode)
 
     def forward(
         self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, pixel_mask: Tensor | None = None
@@ -82,18 +77,13 @@ class ViTRegEmbeddings(nn.Module):
         return Embedded(self.dropout(tokens), grid, patch_mask)
 
     def _positions(self, grid: tuple[int, int], patch_mask: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        table_grid = self.config.position_grid
-        cls_position, table = split_positions(self.position_embeddings, self.config.num_cls_tokens, table_grid)
-        if patch_mask is not None:
-            true_grids = self.layout.true_grids(patch_mask, grid)
-            return cls_position, interpolate_positions(table, grid, self.rule, true_grids)
-        if is_tracing():  # sizes may be symbols: comparing them would bake this size in
-            return cls_position, interpolate_positions(table, grid, self.rule)
-        if grid == table_grid:
+        own_grid, num_cls = self.interpolation.table_grid, self.config.num_cls_tokens
+        cls_position, table = split_positions(self.position_embeddings, num_cls, own_grid)
+        true_grids = None if patch_mask is None else self.layout.true_grids(patch_mask, grid)
+        # Traced sizes may be symbols, and comparing them would bake this size in.
+        if true_grids is None and not is_tracing() and grid == own_grid:
             return cls_position, table.flatten(0, 1)[None]
-        if self.training or (torch.is_grad_enabled() and self.position_embeddings.requires_grad):
-            return cls_position, interpolate_positions(table, grid, self.rule)
-        return cls_position, self.position_cache.get(table, grid, self.rule)
+        return cls_position, self.interpolation(table, grid, true_grids, cached=not is_tracing())
 
     def _masked(self, patches: Tensor, bool_masked_pos: Tensor) -> Tensor:
         if self.mask_token is None:
@@ -116,6 +106,8 @@ class ViTRegEmbeddings(nn.Module):
 
     def _check_pixels(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> None:
         channels = self.config.num_channels
+        if not isinstance(pixel_values, Tensor):
+            raise ValueError(f"Expected pixel_values as a torch tensor, got {type(pixel_values).__name__}")
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
             expected = f"pixel_values of shape (batch, {channels}, height, width)"
             raise ValueError(f"Expected {expected}, got {tuple(pixel_values.shape)}")
@@ -125,14 +117,14 @@ class ViTRegEmbeddings(nn.Module):
         if pixel_mask.shape != (batch_size, height, width):
             expected = f"pixel_mask of shape ({batch_size}, {height}, {width})"
             raise ValueError(f"Expected {expected}, got {tuple(pixel_mask.shape)}")
-        if not is_tracing():
+        if not is_tracing() and not pixel_mask.is_meta:
             _check_top_left(pixel_mask)
 
     def _check_divisible(self, pixel_values: Tensor, missing_rows: int, missing_columns: int) -> None:
-        if is_tracing():
-            torch._check(missing_rows == 0)
-            torch._check(missing_columns == 0)
-        elif missing_rows or missing_columns:
+        if torch.compiler.is_compiling():
+            torch._check(missing_rows == 0, lambda: "Expected a height that the patch size divides")
+            torch._check(missing_columns == 0, lambda: "Expected a width that the patch size divides")
+        elif not torch.jit.is_tracing() and (missing_rows or missing_columns):
             (patch_height, patch_width), (height, width) = self.layout.patch_size, pixel_values.shape[-2:]
             raise ValueError(
                 f"Expected an image size that the patch size {patch_height} x {patch_width} divides, got "
@@ -141,7 +133,10 @@ class ViTRegEmbeddings(nn.Module):
 
 
 def _check_top_left(pixel_mask: Tensor) -> None:
-    """Real pixels must be a rectangle at the top left, as padding on the right and at the bottom leaves them."""
+    """Real pixels must be a rectangle at the top left, as padding on the right and at the bottom leaves them.
+
+    The answer has to reach the CPU, so a GPU is waited for; without a mask nothing is.
+    """
     real = pixel_mask.bool()
     rectangle = real[:, :, :1] & real[:, :1, :]
     falling = (real[:, 1:, 0] <= real[:, :-1, 0]).all() & (real[:, 0, 1:] <= real[:, 0, :-1]).all()

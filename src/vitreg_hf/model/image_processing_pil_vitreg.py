@@ -112,16 +112,21 @@ class ViTRegImageProcessorMixin(BaseImageProcessor):
         """Turn logits into one map of class indices per image, `(height, width)` int64.
 
         Args:
-            outputs: holds `logits` of shape `(batch, labels, h, w)`.
+            outputs: holds `logits` of shape `(batch, labels, h, w)`, of whole images: a processor for segmentation
+                should resize and not crop.
             target_sizes: (height, width) of each map, normally of the original image; `None` keeps the logits' size.
-            pixel_mask: the mask of a padded batch; what the logits say about padding is cut off first.
+            pixel_mask: the mask of a padded batch; what the logits say about padding is cut off first. Left out, the
+                mask of patches in the outputs is taken, which is exact where images are multiples of the patch size.
             return_segmentation_scores: return objects with `segmentation` and its resized `segmentation_scores`.
 
         Raises:
             ValueError: if there are not as many target sizes or masks as images.
         """
+        if pixel_mask is None and (patch_mask := getattr(outputs, "patch_mask", None)) is not None:
+            pixel_mask = patch_mask.unflatten(1, outputs.patch_map.shape[-2:])
         scores = segmentation_scores(outputs.logits, target_sizes, pixel_mask)
-        maps = [image_scores.argmax(dim=0) for image_scores in scores]
+        # a single label is a binary mask, which has a logit for being part of it
+        maps = [one.argmax(dim=0) if len(one) > 1 else (one[0] > 0).long() for one in scores]
         if not return_segmentation_scores:
             return maps
         return [

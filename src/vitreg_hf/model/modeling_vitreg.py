@@ -8,8 +8,9 @@ Shapes: B images, C channels, H x W pixels, P patches on a grid of rows x column
 D channels of the residual stream, h heads of d channels.
 """
 
+import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -21,12 +22,13 @@ from transformers.backbone_utils import BackboneMixin, filter_output_hidden_stat
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attention import ViTRegAttention
 from .configuration_vitreg import ViTRegConfig
 from .embeddings import ViTRegEmbeddings
 from .outputs import (
@@ -37,9 +39,10 @@ from .outputs import (
     ViTRegSemanticSegmenterOutput,
     passed_on,
 )
+from .recording import RecordedModule, RecordingMixin
 from .token_layout import TokenLayout
 
-LayerSelection = bool | Sequence[int]
+LayerSelection = bool | int | Sequence[int]
 
 
 class ViTRegKwargs(TransformersKwargs, total=False):
@@ -49,119 +52,6 @@ class ViTRegKwargs(TransformersKwargs, total=False):
     """
 
     output_prefix_attentions: LayerSelection | None
-
-
-# Attention
-
-
-def attention_probabilities(query: Tensor, key: Tensor, scaling: float, token_mask: Tensor | None = None) -> Tensor:
-    """Softmax attention probabilities, before dropout, whatever kernel computes the attention itself.
-
-    Args:
-        query: `(B, h, Q, d)`, all tokens or some of them.
-        key: `(B, h, N, d)`.
-        scaling: factor on the logits.
-        token_mask: `(B, N)`, True for tokens that may be attended to.
-
-    Returns:
-        `(B, h, Q, N)` in the dtype of `query`; softmax runs in float32.
-    """
-    logits = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if token_mask is not None:
-        logits = logits.masked_fill(~token_mask[:, None, None, :], torch.finfo(logits.dtype).min)
-    return F.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """The reference of every other backend; returns the output `(B, N, h, d)` and the probabilities before dropout."""
-    logits = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        logits = logits + attention_mask
-    probabilities = F.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
-    dropped = F.dropout(probabilities, p=dropout, training=module.training)
-    return torch.matmul(dropped, value).transpose(1, 2).contiguous(), probabilities
-
-
-class ViTRegAttention(nn.Module):
-    """Multi-head self-attention over all tokens, through the backend that the config names."""
-
-    def __init__(self, config: ViTRegConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.layout = TokenLayout.from_config(config)
-        self.head_dim = config.attention_head_dim
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_probs_dropout_prob
-        self.is_causal = False
-        width, inner = config.hidden_size, cast(int, config.num_attention_heads) * self.head_dim
-
-        def has_bias(own: bool | None) -> bool:
-            return config.qkv_bias if own is None else own
-
-        self.q_proj = nn.Linear(width, inner, bias=has_bias(config.query_bias))
-        self.k_proj = nn.Linear(width, inner, bias=has_bias(config.key_bias))
-        self.v_proj = nn.Linear(width, inner, bias=has_bias(config.value_bias))
-        self.o_proj = nn.Linear(inner, width, bias=config.proj_bias)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Any = None,
-        token_mask: Tensor | None = None,
-        output_attentions: bool = False,
-        output_prefix_attentions: bool = False,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Attend.
-
-        Args:
-            hidden_states: `(B, N, D)`.
-            attention_mask: padding in the form of the backend, or None.
-            token_mask: the same padding as `(B, N)`, for the probabilities.
-            output_attentions: return the probabilities of all tokens.
-            output_prefix_attentions: return those of CLS and registers.
-
-        Returns:
-            Output `(B, N, D)`, probabilities `(B, h, N, N)` or None, those of the prefix `(B, h, prefix, N)` or None.
-        """
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)  # -1: a tensor-parallel rank holds some of the heads
-        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-
-        backend = self.config._attn_implementation
-        self._check_backend(backend, query)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
-        attended, weights = attend(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
-        output = self.o_proj(attended.reshape(*hidden_states.shape[:-1], -1))
-
-        probabilities = prefix = None
-        if output_attentions:
-            own = backend == "eager"
-            probabilities = weights if own else attention_probabilities(query, key, self.scaling, token_mask)
-        if output_prefix_attentions:
-            asking = self.layout.prefix_queries(query)
-            prefix = attention_probabilities(asking, key, self.scaling, token_mask)
-        return output, probabilities, prefix
-
-    def _check_backend(self, backend: str | None, query: Tensor) -> None:
-        if backend == "flex_attention" and query.device.type == "cpu" and query.requires_grad:
-            raise ValueError(
-                "Expected a GPU or no gradient for attn_implementation='flex_attention', got a CPU tensor that needs "
-                "a gradient: PyTorch has no backward pass of flex attention on CPU; train with 'sdpa' there"
-            )
 
 
 # MLP
@@ -227,7 +117,7 @@ class ViTRegDropPath(nn.Module):
         return f"rate={self.rate}"
 
 
-class ViTRegLayer(GradientCheckpointingLayer):
+class ViTRegLayer(RecordedModule, GradientCheckpointingLayer):
     """One pre-norm block: attention, then MLP, each on a residual branch."""
 
     def __init__(self, config: ViTRegConfig, drop_path_rate: float = 0.0) -> None:
@@ -252,6 +142,9 @@ class ViTRegLayer(GradientCheckpointingLayer):
 
 # Models
 
+# Modules of heads, and the keys that a model without them may find in a checkpoint.
+_HEAD_KEYS = {name: rf"^{name}\." for name in ("classifier", "decoder", "decode_head", "batch_norm")}
+
 
 class ViTRegPreTrainedModel(PreTrainedModel):
     """What all models of the family share: initial weights, and what Transformers needs to know about them."""
@@ -273,15 +166,23 @@ class ViTRegPreTrainedModel(PreTrainedModel):
         "prefix_attentions": OutputRecorder(ViTRegAttention, index=2),
     }
     _input_embed_layer = "patch_embeddings"
-    # What belongs to another head is no loss: a head that is missing is still reported as new.
-    _keys_to_ignore_on_load_unexpected = [
+    # The mask token and other heads are no loss: a head that is missing is still reported as new.
+    _keys_to_ignore_on_load_unexpected: set[str] | list[str] | None = [
         r"embeddings\.mask_token$",
-        r"^(classifier|decoder|decode_head|batch_norm)\.",
+        *_HEAD_KEYS.values(),
     ]
+    accepts_loss_kwargs = False  # losses are means over the batch, so Trainer divides by the steps it accumulates
 
     def __init__(self, config: ViTRegConfig, *inputs: Any, **kwargs: Any) -> None:
         config.check_values()  # fields may have been set since the config was made
         super().__init__(config, *inputs, **kwargs)
+
+    def post_init(self) -> None:
+        """Finish making the model; what belongs to its own head is never ignored when loading."""
+        super().post_init()
+        own = {_HEAD_KEYS[name] for name, _ in self.named_children() if name in _HEAD_KEYS}
+        ignored = set(self._keys_to_ignore_on_load_unexpected or ())
+        self._keys_to_ignore_on_load_unexpected = ignored - own
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -314,7 +215,7 @@ class ViTRegPreTrainedModel(PreTrainedModel):
         return {name for name, p in self.named_parameters() if p.ndim < 2 or id(p) in tokens}
 
 
-class ViTRegModel(ViTRegPreTrainedModel):
+class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
     """The backbone without a head."""
 
     def __init__(self, config: ViTRegConfig, use_mask_token: bool = False) -> None:
@@ -324,11 +225,6 @@ class ViTRegModel(ViTRegPreTrainedModel):
         self.layers = nn.ModuleList([ViTRegLayer(config, rate) for rate in config.drop_path_rates])
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
-
-    def post_init(self) -> None:
-        super().post_init()
-        # Installed when first needed, the recording hooks would take a lock that torch.compile cannot trace.
-        maybe_install_capturing_hooks(self)
 
     @can_return_tuple
     def forward(
@@ -360,7 +256,7 @@ class ViTRegModel(ViTRegPreTrainedModel):
             ValueError: if an input does not fit the config, with what was expected and what came.
             TypeError: for an argument that nothing reads.
         """
-        self._refuse_unread(kwargs)
+        kwargs = self._read(kwargs)
         if pixel_values is None:
             raise ValueError("Expected pixel_values of shape (batch, channels, height, width), got None")
         embedded = self.embeddings(pixel_values, bool_masked_pos=bool_masked_pos, pixel_mask=pixel_mask)
@@ -427,6 +323,7 @@ class ViTRegModel(ViTRegPreTrainedModel):
         """Indices of the layers whose prefix attention is wanted."""
         asked = self._or_config("output_prefix_attentions", asked)
         count = len(self.layers)
+        asked = [asked] if isinstance(asked, int) and not isinstance(asked, bool) else asked
         if isinstance(asked, bool):
             layers = set(range(count)) if asked else set()
         elif all(-count <= layer < count for layer in asked):
@@ -446,10 +343,14 @@ class ViTRegModel(ViTRegPreTrainedModel):
         entries = iter(recorded)
         return tuple(next(entries) if index in layers else None for index in range(len(self.layers)))
 
-    def _refuse_unread(self, kwargs: dict[str, Any]) -> None:
-        for name in kwargs:
-            if name not in TransformersKwargs.__annotations__:
-                raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {name!r}")
+    def _read(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that something reads; those that nothing reads are refused, unless they are None."""
+        unread = kwargs.keys() - TransformersKwargs.__annotations__.keys()
+        for name in unread:
+            if kwargs[name] is not None:
+                hint = ": positions always adapt to the image" if name == "interpolate_pos_encoding" else ""
+                raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {name!r}{hint}")
+        return {name: value for name, value in kwargs.items() if name not in unread}
 
     def get_intermediate_layers(
         self,
@@ -475,7 +376,7 @@ class ViTRegModel(ViTRegPreTrainedModel):
             ValueError: if a layer does not exist, or CLS is asked of a model without.
         """
         count = len(self.layers)
-        wanted = list(range(count - n, count)) if isinstance(n, int) else sorted(n)
+        wanted = sorted(n) if isinstance(n, Sequence) else list(range(count - operator.index(n), count))
         if not wanted or not all(0 <= layer < count for layer in wanted):
             raise ValueError(f"Expected n to be 1 to {count} or layers of 0 to {count - 1}, got {n}")
         if return_class_token and not self.layout.num_cls:
@@ -494,8 +395,8 @@ def mean_of_patches(patches: Tensor, patch_mask: Tensor | None) -> Tensor:
     """Mean over patches, `(B, P, D)` to `(B, D)`, leaving out those that `patch_mask` `(B, P)` marks as padding."""
     if patch_mask is None:
         return patches.mean(dim=1)
-    weights = patch_mask[..., None].to(patches.dtype)
-    return (patches * weights).sum(dim=1) / weights.sum(dim=1)
+    weights = patch_mask[..., None].float()
+    return ((patches * weights).sum(dim=1) / weights.sum(dim=1)).to(patches.dtype)
 
 
 # Heads
@@ -581,7 +482,7 @@ class ViTRegForMaskedImageModeling(ViTRegPreTrainedModel):
             grid = cast(tuple[int, int], tuple(outputs.patch_map.shape[-2:]))
             masked = layout.pixel_mask_of(bool_masked_pos.bool(), grid)[:, :height, :width]
             masked = masked if pixel_mask is None else masked & pixel_mask.bool()
-            error = (images.to(reconstruction.dtype) - reconstruction).abs() * masked[:, None]
+            error = (images.float() - reconstruction.float()).abs() * masked[:, None]  # a sum overflows half precision
             loss = error.sum() / (masked.sum() * images.shape[1]).clamp(min=1)
         return ViTRegMaskedImageModelingOutput(loss=loss, reconstruction=reconstruction, **passed_on(outputs))
 
@@ -618,11 +519,22 @@ class ViTRegForSemanticSegmentation(ViTRegPreTrainedModel):
             was padded.
         """
         outputs = self.vitreg(pixel_values, pixel_mask=pixel_mask, return_dict=True, **kwargs)
-        logits = self.decode_head(self.batch_norm(outputs.patch_map))
+        logits = self.decode_head(self._normed(outputs))
         if self.config.pad_to_patch_size:
             logits = self._without_padding(logits, *cast(Tensor, pixel_values).shape[-2:])
         loss = None if labels is None else self._loss(logits, labels)
         return ViTRegSemanticSegmenterOutput(loss=loss, logits=logits, **passed_on(outputs))
+
+    def _normed(self, outputs: ViTRegModelOutput) -> Tensor:
+        """The patch map after BatchNorm, whose statistics in training are those of real patches alone."""
+        patch_map, patch_mask = cast(Tensor, outputs.patch_map), outputs.patch_mask
+        if patch_mask is None or not self.training:
+            return self.batch_norm(patch_map)
+        on_grid = patch_mask.unflatten(1, patch_map.shape[-2:])
+        real = patch_map.movedim(1, -1)[on_grid]  # (real patches, D)
+        normed = torch.zeros_like(patch_map.movedim(1, -1))
+        normed[on_grid] = self.batch_norm(real.T[None, :, :, None])[0, :, :, 0].T
+        return normed.movedim(-1, 1)
 
     def _without_padding(self, logits: Tensor, height: int, width: int) -> Tensor:
         missing_rows, missing_columns = self.vitreg.layout.missing_pixels(height, width)
@@ -633,12 +545,12 @@ class ViTRegForSemanticSegmentation(ViTRegPreTrainedModel):
         if labels.ndim != 3 or labels.shape[0] != logits.shape[0]:
             raise ValueError(f"Expected labels of shape ({logits.shape[0]}, height, width), got {tuple(labels.shape)}")
         upsampled = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
-        ignored = self.config.semantic_loss_ignore_index
+        counted = labels != self.config.semantic_loss_ignore_index
         if self.config.num_labels != 1:
-            return F.cross_entropy(upsampled, labels, ignore_index=ignored)
-        counted = labels != ignored
-        loss = F.binary_cross_entropy_with_logits(upsampled[:, 0], labels.to(upsampled.dtype), reduction="none")
-        return (loss * counted).sum() / counted.sum().clamp(min=1)
+            losses = F.cross_entropy(upsampled, labels.long().where(counted, 0), reduction="none")
+        else:
+            losses = F.binary_cross_entropy_with_logits(upsampled[:, 0], labels.to(upsampled.dtype), reduction="none")
+        return losses.where(counted, 0).sum() / counted.sum().clamp(min=1)
 
 
 class ViTRegBackbone(BackboneMixin, ViTRegModel):

@@ -7,6 +7,7 @@ eagerly, is exported, compiled with dynamic sizes and trained, and takes one tar
 padded. The numbers are those of `torch.nn.functional.interpolate`, which does none of that for antialiased bicubic.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,66 +104,70 @@ def split_positions(
     return cls_position, position_embeddings[0, num_cls:].unflatten(0, table_grid)
 
 
-def interpolate_positions(
-    table: Tensor, grid: tuple[int, int], rule: InterpolationRule, true_grids: Tensor | None = None
-) -> Tensor:
-    """Resize a table of patch positions to another grid, in float32.
+class PositionInterpolation:
+    """Resizes a table of patch positions, in float32 whatever autocast says.
+
+    The weights depend on sizes and rule alone, not on the table, so those of the last few sizes are kept.
 
     Args:
-        table: `(rows, columns, D)`.
-        grid: rows and columns of the padded or only grid.
         rule: the interpolation rule.
-        true_grids: rows and columns of each image without its padding, `(B, 2)`; positions are then those that the
-            image has on its own, and rows and columns of padding repeat the last of them.
-
-    Returns:
-        `(1, rows * columns, D)`, or `(B, rows * columns, D)` with `true_grids`, in the table's dtype.
-    """
-    sizes = _axis_sizes(grid, true_grids, table.device)
-    rows, columns = (
-        rule.weights(length, size, table_length)
-        for length, size, table_length in zip(grid, sizes, table.shape[:2], strict=True)
-    )
-    resized = torch.einsum("...hi,ijd,...wj->...hwd", rows, table.float(), columns)
-    resized = resized.flatten(-3, -2).to(table.dtype)
-    return resized if true_grids is not None else resized[None]
-
-
-def _axis_sizes(grid: tuple[int, int], true_grids: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    if true_grids is None:
-        rows, columns = (torch.scalar_tensor(size, dtype=torch.float32, device=device) for size in grid)
-        return rows, columns
-    rows, columns = true_grids.to(torch.float32)[:, :, None, None].unbind(1)
-    return rows, columns
-
-
-class PositionCache:
-    """Interpolated positions of the last few image sizes, valid as long as the table is not written to.
-
-    Used only when no gradient is needed and nothing traces. The owner clears it when the model changes between
-    training and evaluation, since sharded training may renew a table without a trace that could be seen here.
+        table_grid: rows and columns of the table.
+        max_sizes: sizes that are kept.
     """
 
-    def __init__(self, max_sizes: int = 16) -> None:
+    def __init__(self, rule: InterpolationRule, table_grid: tuple[int, int], max_sizes: int = 16) -> None:
+        self.rule = rule
+        self.table_grid = table_grid
         self.max_sizes = max_sizes
-        self._entries: dict[tuple, Tensor] = {}
+        self._kept: dict[tuple, tuple[Tensor, Tensor]] = {}
 
-    def __len__(self) -> int:
-        return len(self._entries)
+    def __call__(
+        self, table: Tensor, grid: tuple[int, int], true_grids: Tensor | None = None, cached: bool = True
+    ) -> Tensor:
+        """Resize a table to another grid.
 
-    def clear(self) -> None:
-        """Forget every size."""
-        self._entries.clear()
+        Args:
+            table: `(rows, columns, D)`.
+            grid: rows and columns of the padded or only grid.
+            true_grids: rows and columns of each image without its padding, `(B, 2)`; positions are then those that
+                the image has on its own, and rows and columns of padding repeat the last of them.
+            cached: keep the weights of this size; not while tracing, where a size may be a symbol.
 
-    def get(self, table: Tensor, grid: tuple[int, int], rule: InterpolationRule) -> Tensor:
-        """The table resized to `grid`, computed at most once per size and state of the table."""
+        Returns:
+            `(1, rows * columns, D)`, or `(B, rows * columns, D)` with `true_grids`, in the table's dtype.
+        """
+        if true_grids is not None:
+            target = true_grids.to(torch.float32)[:, :, None, None].unbind(1)
+            return self._resized(table, self._weights(grid, target))
+        weights = self._kept_weights(grid, table.device) if cached else self._weights_of(grid, table.device)
+        return self._resized(table, weights)[None]
+
+    def _resized(self, table: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
+        rows, columns = weights
+        device_type = table.device.type
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                resized = torch.einsum("...hi,ijd,...wj->...hwd", rows, table.float(), columns)
+        else:
+            resized = torch.einsum("...hi,ijd,...wj->...hwd", rows, table.float(), columns)
+        return resized.flatten(-3, -2).to(table.dtype)
+
+    def _weights(self, grid: tuple[int, int], target: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        axes = zip(grid, target, self.table_grid, strict=True)
+        rows, columns = (self.rule.weights(length, size, table_length) for length, size, table_length in axes)
+        return rows, columns
+
+    def _weights_of(self, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+        return self._weights(grid, [torch.scalar_tensor(n, dtype=torch.float32, device=device) for n in grid])
+
+    def _kept_weights(self, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
         # Tensors made under inference mode cannot be used where gradients are recorded: they get a key of their own.
-        key = (grid, rule, table.device, table.dtype, table.data_ptr(), torch.is_inference_mode_enabled())
-        version = None if table.is_inference() else table._version
-        entry = self._entries.get((key, version))
-        if entry is None:
-            entry = interpolate_positions(table, grid, rule)
-            while len(self._entries) >= self.max_sizes:
-                self._entries.pop(next(iter(self._entries)))
-            self._entries[(key, version)] = entry
-        return entry
+        key = (*grid, device, torch.is_inference_mode_enabled())
+        if key in self._kept:
+            return self._kept[key]
+        weights = self._weights_of(grid, device)
+        if type(weights[0]) is Tensor:  # and not one that only pretends, as under a fake tensor mode
+            while len(self._kept) >= self.max_sizes:
+                self._kept.pop(next(iter(self._kept)), None)
+            self._kept[key] = weights
+        return weights

@@ -67,10 +67,6 @@ class TokenLayout:
 
     # Grid
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches in an image of `height` x `width` pixels, which the patch size divides."""
-        return height // self.patch_size[0], width // self.patch_size[1]
-
     def missing_pixels(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of pixels that an image lacks to reach the next multiple of the patch size."""
         patch_height, patch_width = self.patch_size

@@ -1,0 +1,127 @@
+# Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
+"""Attention over all tokens, its dispatch to backends, and its probabilities, which every backend gives.
+
+Shapes: B images, N tokens, D channels of the residual stream, h heads of d channels.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_vitreg import ViTRegConfig
+from .recording import RecordedModule
+from .token_layout import TokenLayout
+
+
+def attention_probabilities(query: Tensor, key: Tensor, scaling: float, token_mask: Tensor | None = None) -> Tensor:
+    """Softmax attention probabilities, before dropout, whatever kernel computes the attention itself.
+
+    Args:
+        query: `(B, h, Q, d)`, all tokens or some of them.
+        key: `(B, h, N, d)`.
+        scaling: factor on the logits.
+        token_mask: `(B, N)`, True for tokens that may be attended to.
+
+    Returns:
+        `(B, h, Q, N)` in the dtype of `query`; softmax runs in float32.
+    """
+    logits = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if token_mask is not None:
+        logits = logits.masked_fill(~token_mask[:, None, None, :], torch.finfo(logits.dtype).min)
+    return F.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """The reference of every other backend; returns the output `(B, N, h, d)` and the probabilities before dropout."""
+    logits = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        logits = logits + attention_mask
+    probabilities = F.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
+    dropped = F.dropout(probabilities, p=dropout, training=module.training)
+    return torch.matmul(dropped, value).transpose(1, 2).contiguous(), probabilities
+
+
+class ViTRegAttention(RecordedModule):
+    """Multi-head self-attention over all tokens, through the backend that the config names."""
+
+    def __init__(self, config: ViTRegConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layout = TokenLayout.from_config(config)
+        self.head_dim = config.attention_head_dim
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.is_causal = False
+        width, inner = config.hidden_size, cast(int, config.num_attention_heads) * self.head_dim
+
+        def has_bias(own: bool | None) -> bool:
+            return config.qkv_bias if own is None else own
+
+        self.q_proj = nn.Linear(width, inner, bias=has_bias(config.query_bias))
+        self.k_proj = nn.Linear(width, inner, bias=has_bias(config.key_bias))
+        self.v_proj = nn.Linear(width, inner, bias=has_bias(config.value_bias))
+        self.o_proj = nn.Linear(inner, width, bias=config.proj_bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        token_mask: Tensor | None = None,
+        output_attentions: bool = False,
+        output_prefix_attentions: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Attend.
+
+        Args:
+            hidden_states: `(B, N, D)`.
+            attention_mask: padding in the form of the backend, or None.
+            token_mask: the same padding as `(B, N)`, for the probabilities.
+            output_attentions: return the probabilities of all tokens.
+            output_prefix_attentions: return those of CLS and registers.
+
+        Returns:
+            Output `(B, N, D)`, probabilities `(B, h, N, N)` or None, those of the prefix `(B, h, prefix, N)` or None.
+        """
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)  # -1: a tensor-parallel rank holds some of the heads
+        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+
+        backend = self.config._attn_implementation
+        self._check_backend(backend, query)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        attended, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        output = self.o_proj(attended.reshape(*hidden_states.shape[:-1], -1))
+
+        probabilities = prefix = None
+        if output_attentions:
+            own = backend == "eager"
+            probabilities = weights if own else attention_probabilities(query, key, self.scaling, token_mask)
+        if output_prefix_attentions:
+            asking = self.layout.prefix_queries(query)
+            prefix = attention_probabilities(asking, key, self.scaling, token_mask)
+        return output, probabilities, prefix
+
+    def _check_backend(self, backend: str | None, query: Tensor) -> None:
+        if backend == "flex_attention" and query.device.type == "cpu" and query.requires_grad:
+            raise ValueError(
+                "Expected a GPU or no gradient for attn_implementation='flex_attention', got a CPU tensor that needs "
+                "a gradient: PyTorch has no backward pass of flex attention on CPU; train with 'sdpa' there"
+            )

@@ -1,0 +1,70 @@
+# Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
+"""Recording of hidden states and attention, by the hooks that Transformers installs for its `capture_outputs`.
+
+Installed when first needed, these hooks would take a lock that `torch.compile` cannot trace, so they are installed
+when a model is made. What follows from that is settled here: another model around this one that installs them again,
+and pickling, since they are local functions.
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+_HOOK = "output_capturing_hook"
+
+
+def _key(hook: Any) -> str | None:
+    """What a hook records, or None if it is another kind of hook."""
+    if getattr(hook, "__name__", None) != _HOOK:
+        return None
+    names = hook.__code__.co_freevars
+    return hook.__closure__[names.index("key")].cell_contents
+
+
+class RecordedModule(nn.Module):
+    """A module whose output is recorded; it is pickled and copied without the hooks that do so."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        hooks = state["_forward_hooks"]
+        state["_forward_hooks"] = type(hooks)((number, hook) for number, hook in hooks.items() if _key(hook) is None)
+        return state
+
+    def keep_one_hook_per_output(self) -> None:
+        """Remove recording hooks that stand here twice, which would record everything twice."""
+        seen = set()
+        for number, hook in list(self._forward_hooks.items()):
+            key = _key(hook)
+            if key in seen:
+                del self._forward_hooks[number]
+            elif key is not None:
+                seen.add(key)
+
+
+class RecordingMixin:
+    """For a model whose modules are recorded: hooks from the start, once each, also in copies.
+
+    Transformers marks a model when it has installed the hooks on it. A model with recorded outputs of its own that
+    contains this one installs them once more and marks it again, which is when the second ones are removed.
+    """
+
+    def post_init(self) -> None:
+        """Finish making the model."""
+        super().post_init()  # type: ignore[misc]
+        maybe_install_capturing_hooks(self)  # type: ignore[arg-type]
+
+    @property
+    def _output_capturing_hooks_installed(self) -> bool:
+        return self.__dict__.get("_hooks_installed", False)
+
+    @_output_capturing_hooks_installed.setter
+    def _output_capturing_hooks_installed(self, installed: bool) -> None:
+        self.__dict__["_hooks_installed"] = installed
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, RecordedModule):
+                module.keep_one_hook_per_output()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_hooks_installed": False})  # type: ignore[misc]
+        maybe_install_capturing_hooks(self)  # type: ignore[arg-type]
