@@ -15,6 +15,7 @@ help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
 
 $(READY): pyproject.toml constraints.txt
+	@echo "Installing into $(VENV): some minutes, about 6 GB with the CUDA libraries that PyTorch brings"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25" -c constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
@@ -26,6 +27,10 @@ demo: $(READY) ## train on digits with and without registers, evaluate, save, lo
 	$(ONE_THREAD) $(LAUNCH) examples/train_image_classification.py --output_dir $(DEMO)
 	$(ONE_THREAD) $(LAUNCH) examples/train_image_classification.py --output_dir $(DEMO)-plain --num_register_tokens 0
 	$(ONE_THREAD) $(BIN)/python examples/inference.py --model_dir $(DEMO) --compare_with $(DEMO)-plain
+	@echo "with registers:    $$(grep -m1 '"accuracy"' $(DEMO)/results.json) in $(DEMO)"
+	@echo "without registers: $$(grep -m1 '"accuracy"' $(DEMO)-plain/results.json) in $(DEMO)-plain"
+	@echo "model card:        $(DEMO)/README.md"
+	@echo "pictures:          $(DEMO)/training_curve.png $(DEMO)/attention.png"
 
 test: $(READY) ## run the tests of this package
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadscope

@@ -30,6 +30,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     images, names = (open_images(options.images), options.images) if options.images else some_digits()
     names = [Path(name).name for name in names]
+    folder = Path(options.output_dir or options.model_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not options.images:
+        images[0].save(folder / "digit.png")
+        print(f"an image to try: {folder / 'digit.png'}")
 
     classify = pipeline("image-classification", model=options.model_dir, top_k=options.top_k)
     predictions = classify(images)
@@ -58,8 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         token_names = [f"CLS, other model\nwith {other.config.num_register_tokens} registers", *token_names]
     seen = processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
     best = [f"predicted: {classes[0]['label']} ({classes[0]['score']:.0%})" for classes in predictions]
-    path = Path(options.output_dir or options.model_dir) / "attention.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = folder / "attention.png"
     attention_figure(
         seen.permute(0, 2, 3, 1).numpy(),
         maps,

@@ -79,13 +79,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     (settings,) = HfArgumentParser(DataClassType(ImageClassificationSettings)).parse_args_into_dataclasses(argv)
     config = settings.model_config()
-    checkpoints = Path(settings.output_dir) / "checkpoints"
+    checkpoints = settings.output_folder / "checkpoints"
     checkpoint = checkpoint_to_resume(settings.resume_from_checkpoint, checkpoints)
     accelerator = create_accelerator(settings)
 
     data = load_images(settings)
     unreadable = gather_object(find_unreadable(data, accelerator.process_index, accelerator.num_processes))
     data = without_unreadable(data, unreadable, settings.on_corrupt_image)
+    if unreadable and accelerator.is_main_process:
+        print(f"left out  {len(unreadable)} images that cannot be decoded (listed in results.json)")
     config.id2label = dict(enumerate(data.class_names))
     config.label2id = {name: index for index, name in enumerate(data.class_names)}
     processor = create_processor(settings)
@@ -122,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "command": shlex.join(["python", *sys.argv]),
         }
         results["seconds"]["total"] = before + time.perf_counter() - started
-        save(Path(settings.output_dir), model, processor, results)
+        save(settings.output_folder, model, processor, results)
     accelerator.end_training()
 
 
@@ -215,9 +217,9 @@ def create_processor(settings: ImageClassificationSettings) -> ViTRegImageProces
     """How images are prepared: whole, or after training on crops the middle of a slightly larger image."""
     square, bilinear = {"height": settings.image_size, "width": settings.image_size}, 2
     if settings.crop_scale is None:
-        return ViTRegImageProcessor(size=square, do_center_crop=False, resample=bilinear)
+        return ViTRegImageProcessor(size=square, resample=bilinear, size_divisor=settings.patch_size)
     larger = {"shortest_edge": round(settings.image_size / 0.875)}
-    return ViTRegImageProcessor(size=larger, crop_size=square, resample=bilinear)
+    return ViTRegImageProcessor(size=larger, crop_size=square, resample=bilinear, size_divisor=settings.patch_size)
 
 
 def create_training(
@@ -263,7 +265,8 @@ def save(folder: Path, model: PreTrainedModel, processor: ViTRegImageProcessor, 
         model.save_pretrained(staging)
         processor.save_pretrained(staging)
         training_curve(results, staging / "training_curve.png")
-        save_card(render_card(results, str(folder), training_curve="training_curve.png"), staging)
+        own_license = "apache-2.0" if results["data"]["source"] == "digits" else None  # other weights are not ours
+        save_card(render_card(results, str(folder), own_license, training_curve="training_curve.png"), staging)
         write_results(results, staging / "results.json")
     metrics, seconds = results["metrics"], results["seconds"]
     print(

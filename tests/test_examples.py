@@ -337,7 +337,8 @@ def test_a_corrupt_file_is_refused_with_its_path_or_skipped(example, photos, tmp
     skip = ["--on_corrupt_image", "skip", "--output_dir", output]
     example(TRAIN, *OWN, "--train_dir", photos, "--validation_dir", photos, *skip)
     results = results_in(output)
-    assert results["data"]["skipped_images"] == [f"evaluation: {broken}", f"train: {broken}"]
+    shown = broken.relative_to(photos)
+    assert results["data"]["skipped_images"] == [f"evaluation: {shown}", f"train: {shown}"]
     assert (results["data"]["train_images"], results["metrics"]["n"]) == (24, 24)
 
 

@@ -17,7 +17,8 @@ def test_cards_render_identically(folder):
     facts = json.loads((folder / "results.json").read_text())
     model_id = re.search(r'model="([^"]+)"', card).group(1)
     picture = "training_curve.png" if (folder / "training_curve.png").exists() else None
-    assert str(render_card(facts, model_id, training_curve=picture)) == card
+    own_license = re.search(r"^license: (.+)$", card, re.MULTILINE).group(1)
+    assert str(render_card(facts, model_id, own_license, training_curve=picture)) == card
 
 
 def test_there_are_cards():

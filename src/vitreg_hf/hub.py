@@ -93,14 +93,14 @@ _CITATION = """\
 
 
 def render_card(
-    facts: dict[str, Any], model_id: str, model_license: str = "apache-2.0", training_curve: str | None = None
+    facts: dict[str, Any], model_id: str, model_license: str | None = None, training_curve: str | None = None
 ) -> ModelCard:
     """Write the model card of an image classifier.
 
     Args:
         facts: content of its `results.json`.
         model_id: what a reader passes to `from_pretrained`: an id on the Hub, or a folder.
-        model_license: licence of the weights, as the Hub spells it.
+        model_license: licence of the weights, as the Hub spells it; None states none.
         training_curve: name of the picture beside the card, if there is one.
 
     Returns:
@@ -118,7 +118,7 @@ def render_card(
         "Evaluation": _evaluation(facts),
         "Training procedure": _procedure(facts),
         "Limits": _LIMITS.format(train_images=facts["data"]["train_images"]),
-        "Licence": f"The weights: {model_license}. {_data_license(facts['data'])}",
+        "Licence": f"The weights: {model_license or 'none is stated'}. {_data_license(facts['data'])}",
         "Citation": _CITATION,
     }
     metadata = _metadata(facts, model_license)
@@ -144,7 +144,7 @@ def _check(facts: dict[str, Any]) -> None:
         )
 
 
-def _metadata(facts: dict[str, Any], model_license: str) -> ModelCardData:
+def _metadata(facts: dict[str, Any], model_license: str | None) -> ModelCardData:
     model, data, metrics = facts["model"], facts["data"], facts["metrics"]
     results = [
         EvalResult(

@@ -28,7 +28,7 @@ def test_layers_count_from_either_end(make_config):
     last, same = prefix_attention(model, pixels), prefix_attention(model, pixels, layer=2)
     assert last.layer == same.layer == 2
     torch.testing.assert_close(last.maps, same.maps)
-    with pytest.raises(ValueError, match="layers of 3"):
+    with pytest.raises(ValueError, match="layers from -3 to 2"):
         prefix_attention(model, pixels, layer=3)
 
 

@@ -834,3 +834,41 @@ def test_modules_import_only_named_siblings() -> None:
         assert "from vitreg_hf" not in text
         assert "import torchvision" not in text
         assert len(text.splitlines()) < 350
+
+
+@pytest.mark.parametrize("processor_class", [ViTRegImageProcessor, ViTRegImageProcessorPil])
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({}, (224, 224)),
+        ({"size": {"height": 32, "width": 48}}, (32, 48)),
+        ({"size": {"shortest_edge": 32}}, (32, 32)),
+        ({"size": 32}, (32, 32)),
+        ({"size": {"shortest_edge": 32}, "crop_size": 24}, (24, 24)),
+        ({"size": {"shortest_edge": 32}, "do_center_crop": False}, (32, 64)),
+        ({"size": {"height": 48, "width": 48}, "do_center_crop": True, "crop_size": 32}, (32, 32)),
+    ],
+)
+def test_a_size_chosen_alone_is_what_comes_out(processor_class, options, size, tmp_path) -> None:
+    """The default crop of 224 would put a small image in a black frame."""
+    image = np.zeros((100, 200, 3), np.uint8)
+    processor = processor_class(**options)
+    assert processor(image, return_tensors="pt")["pixel_values"].shape[-2:] == size
+    processor.save_pretrained(tmp_path)
+    reloaded = processor_class.from_pretrained(tmp_path)
+    assert reloaded(image, return_tensors="pt")["pixel_values"].shape[-2:] == size
+
+
+def test_a_binary_segmenter_and_the_mask_of_patches() -> None:
+    logits = torch.tensor([[[[5.0, -5.0], [-5.0, 5.0]]]])
+    outputs = SimpleNamespace(logits=logits, patch_mask=None)
+    processor = ViTRegImageProcessorPil()
+    assert processor.post_process_semantic_segmentation(outputs)[0].tolist() == [[1, 0], [0, 1]]
+    masked = SimpleNamespace(
+        logits=logits.repeat(1, 3, 1, 1),
+        patch_mask=torch.tensor([[True, False] * 2]),
+        patch_map=torch.zeros(1, 4, 2, 2),
+    )
+    by_pixels = torch.tensor([[[1, 1, 0, 0]] * 4])
+    expected = processor.post_process_semantic_segmentation(masked, [(8, 4)], pixel_mask=by_pixels)
+    assert torch.equal(processor.post_process_semantic_segmentation(masked, [(8, 4)])[0], expected[0])

@@ -83,3 +83,10 @@ def test_names_of_sources() -> None:
     assert parsed("--dataset_name", "someone/beans").source_name() == "beans"
     assert parsed("--train_dir", "data/photos.v2/").source_name() == "photos.v2"
     assert parsed("--train_file", "data/photos.parquet").source_name() == "photos"
+    assert parsed("--train_dir", "data/photos/train").source_name() == "photos"
+
+
+def test_the_output_folder_is_named_for_the_data():
+    assert parsed().output_dir == "outputs/digits"
+    assert parsed("--train_dir", "data/photos/train").output_dir == "outputs/photos"
+    assert parsed("--output_dir", "here").output_dir == "here"

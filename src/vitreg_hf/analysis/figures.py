@@ -109,7 +109,7 @@ def attention_figure(
     figure.colorbar(drawn, ax=grid[:, 1:], label="attention to a patch (probability, mean of heads)")
     figure.suptitle(
         f"{title}\n% on patches: share of a token's attention on patches, the rest is on CLS and registers; "
-        f"equal attention to all tokens would be {equal_share:.3f} each"
+        f"equal attention to all tokens of this model would be {equal_share:.3f} each"
     )
     _save(figure, path)
 

@@ -117,7 +117,7 @@ class ViTRegEmbeddings(nn.Module):
         if pixel_mask.shape != (batch_size, height, width):
             expected = f"pixel_mask of shape ({batch_size}, {height}, {width})"
             raise ValueError(f"Expected {expected}, got {tuple(pixel_mask.shape)}")
-        if not is_tracing() and not pixel_mask.is_meta:
+        if not is_tracing():
             _check_top_left(pixel_mask)
 
     def _check_divisible(self, pixel_values: Tensor, missing_rows: int, missing_columns: int) -> None:
@@ -128,7 +128,8 @@ class ViTRegEmbeddings(nn.Module):
             (patch_height, patch_width), (height, width) = self.layout.patch_size, pixel_values.shape[-2:]
             raise ValueError(
                 f"Expected an image size that the patch size {patch_height} x {patch_width} divides, got "
-                f"{height} x {width}: resize or pad the image, or set pad_to_patch_size=True in the config"
+                f"{height} x {width}: resize the image, pad it (size_divisor of the image processor), or set "
+                "pad_to_patch_size=True in the config"
             )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
-from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature, get_size_dict
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -56,8 +56,24 @@ class ViTRegImageProcessorKwargs(ImagesKwargs, total=False):
     do_reduce_labels: bool | None
 
 
+def _with_fitting_crop(kwargs: Any) -> dict[str, Any]:
+    """Options whose crop follows a size that was chosen alone: the default crop would frame small images in black.
+
+    A fixed size is not cropped; a shortest edge is cropped to a square of that edge.
+    """
+    if kwargs.get("size") is None or kwargs.get("crop_size") is not None or "do_center_crop" in kwargs:
+        return kwargs
+    size = dict(get_size_dict(kwargs["size"], default_to_square=kwargs.get("default_to_square", False)))
+    edge = size.get("shortest_edge")
+    return {**kwargs, "crop_size": {"height": edge, "width": edge}} if edge else {**kwargs, "do_center_crop": False}
+
+
 class ViTRegImageProcessorMixin(BaseImageProcessor):
-    """Options and order of work of both processors; a backend adds what it does differently."""
+    """Options and order of work of both processors; a backend adds what it does differently.
+
+    By default images are resized to a shortest edge of 256 and cropped to 224 x 224. With a `size` of your own and no
+    `crop_size`, a fixed size is not cropped, and a shortest edge is cropped to a square of that edge.
+    """
 
     pad: Callable[..., Any]  # a backend's own
 
@@ -79,6 +95,9 @@ class ViTRegImageProcessorMixin(BaseImageProcessor):
     do_pad = False
     size_divisor = None
     do_reduce_labels = False
+
+    def __init__(self, **kwargs: Unpack[ViTRegImageProcessorKwargs]) -> None:
+        super().__init__(**_with_fitting_crop(kwargs))
 
     def preprocess(
         self,

@@ -329,7 +329,9 @@ class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
         elif all(-count <= layer < count for layer in asked):
             layers = {layer % count for layer in asked}
         else:
-            raise ValueError(f"Expected layers of {count} in output_prefix_attentions, got {list(asked)}")
+            raise ValueError(
+                f"Expected layers from {-count} to {count - 1} in output_prefix_attentions, got {list(asked)}"
+            )
         if layers and self.layout.num_prefix == 0:
             raise ValueError(
                 "Expected a model with CLS or registers for output_prefix_attentions, got one with neither"

@@ -154,7 +154,8 @@ def without_unreadable(
     """
     if unreadable and policy == "raise":
         listed = "\n".join(f"  {one}: {one.reason}" for one in unreadable)
-        raise ValueError(f"Expected readable images, got {len(unreadable)} that are not:\n{listed}")
+        remedy = "on_corrupt_image=skip leaves them out"
+        raise ValueError(f"Expected readable images, got {len(unreadable)} that are not ({remedy}):\n{listed}")
     return replace(
         data,
         train=data.train.without({one.index for one in unreadable if one.split == "train"}),

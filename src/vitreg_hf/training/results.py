@@ -65,7 +65,8 @@ def describe_data(data: ImageClassificationData, skipped: Sequence[str]) -> dict
         "evaluation_images": len(data.evaluation),
         "evaluation_split": data.evaluation_split,
         "held_out_by": data.held_out_by,
-        "skipped_images": list(skipped),
+        # below the folder of the data where that is known: the rest of a path is nobody's business
+        "skipped_images": [one.replace(os.path.join(os.path.abspath(data.source), ""), "") for one in skipped],
     }
 
 

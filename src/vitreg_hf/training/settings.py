@@ -6,7 +6,7 @@ Names are those of Transformers' examples. An example reads them off its command
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from vitreg_hf.model.configuration_vitreg import ViTRegConfig
 
@@ -83,7 +83,7 @@ class ImageClassificationSettings:
     label_smoothing_factor: float = _option(0.1, "share of the target that is spread over all classes")
 
     # Files
-    output_dir: str = _option("outputs/digits", "folder for model, processor, card, results and picture")
+    output_dir: str | None = _option(None, "folder for all that is written; left out: outputs/<name of the data>")
     save_every_epochs: int = _option(0, "write a checkpoint into output_dir/checkpoints that often; 0: none")
     save_total_limit: int = _option(2, "checkpoints kept")
     resume_from_checkpoint: str | None = _option(None, "path of a checkpoint, or latest: the newest of output_dir")
@@ -92,6 +92,7 @@ class ImageClassificationSettings:
         self._check_sources()
         self._check_ranges()
         own_images = self._sources() != []
+        self.output_dir = self.output_dir or f"outputs/{self.source_name()}"
         self.random_resized_crop = own_images if self.random_resized_crop is None else self.random_resized_crop
         self.horizontal_flip = own_images if self.horizontal_flip is None else self.horizontal_flip
 
@@ -101,11 +102,16 @@ class ImageClassificationSettings:
         low, high = self.random_resized_crop_scale
         return (low, high) if self.random_resized_crop else None
 
+    @property
+    def output_folder(self) -> Path:
+        """Where everything is written."""
+        return Path(cast(str, self.output_dir))
+
     def source_name(self) -> str:
-        """Name of the data: the last part of the id or path, `digits` by default."""
-        if self.train_file is not None:
-            return Path(self.train_file).stem
-        return Path(self.dataset_name or self.train_dir or "digits").resolve().name
+        """Name of the data: the last part of the id or path that is not just `train`; `digits` by default."""
+        path = Path(self.train_file or self.dataset_name or self.train_dir or "digits").resolve()
+        name = path.stem if self.train_file is not None else path.name
+        return path.parent.name if name in ("train", "training") else name
 
     def hyperparameters(self) -> dict[str, Any]:
         """How the model is optimised and the images are augmented, without the shape of the model, data and files."""
