@@ -1,0 +1,42 @@
+"""The README's Python, run as it stands."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+from PIL import Image
+
+from vitreg_hf import ViTRegForImageClassification, ViTRegImageProcessor
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def test_the_code_of_the_readme_runs(make_config, tmp_path):
+    digits = tmp_path / "outputs" / "digits"  # in place of the model that the demo trains
+    ViTRegForImageClassification(make_config()).save_pretrained(digits)
+    ViTRegImageProcessor(size=32).save_pretrained(digits)
+    Image.new("RGB", (40, 32)).save(digits / "digit.png")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    run = subprocess.run(
+        [sys.executable, "-c", "\n".join(blocks)],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert {"config.json", "modeling_vitreg.py", "preprocessor_config.json"} <= {
+        p.name for p in (tmp_path / "mine").iterdir()
+    }
+    assert (tmp_path / "mine.onnx").stat().st_size > 0
+
+
+def test_every_file_of_the_tree_exists_and_is_in_it():
+    tree = re.search(r"## Where things are\n\n```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+    model = tree[tree.index("  model/") : tree.index("  analysis/")]
+    named = set(re.findall(r"^    (\w+\.py)", model, re.MULTILINE))
+    assert named == {p.name for p in (ROOT / "src/vitreg_hf/model").glob("*.py")} - {"__init__.py"}
