@@ -8,6 +8,7 @@ padded. The numbers are those of `torch.nn.functional.interpolate`, which does n
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -145,10 +146,9 @@ class PositionInterpolation:
     def _resized(self, table: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
         rows, columns = weights
         device_type = table.device.type
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-            with torch.autocast(device_type, enabled=False):
-                resized = torch.einsum("...hi,ijd,...wj->...hwd", rows, table.float(), columns)
-        else:
+        # Entered only where autocast is on, which it cannot be on the meta device, so that exported graphs stay plain.
+        lowered = device_type != "meta" and torch.is_autocast_enabled(device_type)
+        with torch.autocast(device_type, enabled=False) if lowered else nullcontext():
             resized = torch.einsum("...hi,ijd,...wj->...hwd", rows, table.float(), columns)
         return resized.flatten(-3, -2).to(table.dtype)
 
