@@ -93,7 +93,10 @@ def test_wrong_inputs_say_what_was_expected_and_what_came(make_config, args, kwa
 
 
 def test_arguments_that_are_none_are_no_mistake(make_config):
-    ViTRegModel(make_config())(torch.zeros(1, 3, 32, 32), attention_mask=None, interpolate_pos_encoding=None)
+    model = ViTRegModel(make_config()).eval()
+    pixels = torch.randn(1, 3, 32, 32)
+    outputs = model(pixels, attention_mask=None, interpolate_pos_encoding=None)
+    assert torch.equal(outputs.last_hidden_state, model(pixels).last_hidden_state)
 
 
 def test_a_mask_of_the_wrong_length_is_refused(make_config):
