@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from vitreg_hf import ViTRegBackbone, ViTRegForImageClassification, ViTRegModel
-from vitreg_hf.analysis.extract import prefix_attention, token_names
+from vitreg_hf.analysis.extract import prefix_attention
+from vitreg_hf.analysis.foreign import token_names
 from vitreg_hf.model.token_layout import TokenLayout
 
 

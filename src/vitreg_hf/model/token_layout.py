@@ -63,7 +63,26 @@ class TokenLayout:
 
     def attention_to_patches(self, attention: Tensor, grid: tuple[int, int]) -> Tensor:
         """View of attention onto patches as images, `(..., rows, columns)`, from weights `(..., N)` on all tokens."""
-        return attention[..., self.num_prefix :].unflatten(-1, grid)
+        return self.patches_of(attention).unflatten(-1, grid)
+
+    def prefix_tokens(self, tokens: Tensor) -> Tensor:
+        """View of everything before the patches, `(B, prefix, D)`."""
+        return tokens[:, : self.num_prefix]
+
+    def prefix_of(self, attention: Tensor) -> Tensor:
+        """View of attention onto everything before the patches, `(..., prefix)`, from weights `(..., N)`."""
+        return attention[..., : self.num_prefix]
+
+    def patches_of(self, attention: Tensor) -> Tensor:
+        """View of attention onto patches, `(..., P)`, from weights `(..., N)` on all tokens."""
+        return attention[..., self.num_prefix :]
+
+    def by_kind(self, attention: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of attention `(..., N)` onto CLS, onto registers of both kinds, and onto patches."""
+        registers = self.num_registers + self.num_test_time_registers
+        sizes = [self.num_cls, registers, attention.shape[-1] - self.num_prefix]
+        cls, register, patches = attention.split(sizes, dim=-1)
+        return cls, register, patches
 
     # Grid
 

@@ -1,0 +1,59 @@
+# Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
+"""What all pictures share: how they are written, how an image and a map over it are drawn.
+
+No picture touches matplotlib's global state. Shapes: H x W pixels, rows x columns patches.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+_DOTS_PER_INCH = 150
+_GRID_LINES_UP_TO = 16  # patches per side: more lines would hide the map
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of a size in inches, whose parts make room for one another."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG under a temporary name, so that there is never half a picture."""
+    FigureCanvasAgg(figure)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    figure.savefig(unfinished, format="png", dpi=_DOTS_PER_INCH)
+    os.replace(unfinished, path)
+
+
+def draw_image(axes: Axes, image: NDArray[np.uint8], caption: str = "") -> None:
+    """An RGB image `(H, W, 3)` without ticks, a caption at its left."""
+    height, width = image.shape[:2]
+    axes.imshow(image, extent=(0, width, height, 0))
+    axes.set_ylabel(caption, fontsize=9)
+    axes.set(xticks=[], yticks=[])
+
+
+def draw_map(
+    axes: Axes,
+    values: NDArray[Any],
+    size: tuple[int, ...],
+    highest: float | None = None,
+    lowest: float = 0.0,
+    colours: str = "viridis",
+) -> Any:
+    """A map `(rows, columns)`, a flat square per patch, over the extent of its image in pixels; returns the artist."""
+    (height, width), (rows, columns) = size, values.shape
+    drawn = axes.imshow(values, extent=(0, width, height, 0), vmin=lowest, vmax=highest, cmap=colours)
+    axes.set(xticks=[], yticks=[])
+    if max(rows, columns) <= _GRID_LINES_UP_TO:
+        axes.set_xticks(np.linspace(0, width, columns + 1), minor=True)
+        axes.set_yticks(np.linspace(0, height, rows + 1), minor=True)
+        axes.grid(which="minor", color="white", linewidth=0.4)
+        axes.tick_params(which="minor", length=0)
+    return drawn

@@ -1,0 +1,139 @@
+# Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
+"""Image files of a folder, and batches of them as a model wants them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_ENDINGS = frozenset(PIL.Image.registered_extensions()) - {".pdf", ".mpg", ".mpeg"}
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files with a class each, if they stand in one folder per class.
+
+    Attributes:
+        root: folder that they were found in.
+        files: paths below it, sorted.
+        labels: class index per file; None when the files stand in fewer than two folders.
+        class_names: names of the folders.
+    """
+
+    root: Path
+    files: tuple[Path, ...]
+    labels: tuple[int, ...] | None
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def names(self) -> list[str]:
+        """Paths below the root, with `/`."""
+        return [file.relative_to(self.root).as_posix() for file in self.files]
+
+    def first(self, count: int | None) -> "ImageFiles":
+        """`count` files spread evenly over all; all of them when there are no more, or for None."""
+        if count is None or count >= len(self):
+            return self
+        kept = np.linspace(0, len(self) - 1, count).round().astype(int)
+        labels = None if self.labels is None else tuple(self.labels[i] for i in kept)
+        return ImageFiles(self.root, tuple(self.files[i] for i in kept), labels, self.class_names)
+
+
+def find_images(folder: str | Path) -> ImageFiles:
+    """Image files in a folder and below it, or one image file.
+
+    Raises:
+        ValueError: if there is no such folder or file, or no image in it.
+    """
+    root = Path(folder)
+    if root.is_file():
+        return ImageFiles(root.parent, (root,), None, ())
+    if not root.is_dir():
+        raise ValueError(f"Expected a folder of images or an image file, got {str(folder)!r}, which does not exist")
+    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in _ENDINGS and path.is_file())
+    files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+    if not files:
+        raise ValueError(f"Expected images in {str(folder)!r}, got none with an ending that Pillow reads")
+    folders = [path.relative_to(root).parts[0] if path.parent != root else "" for path in files]
+    class_names = tuple(sorted(set(folders)))
+    if len(class_names) < 2 or "" in class_names:
+        return ImageFiles(root, tuple(files), None, ())
+    return ImageFiles(root, tuple(files), tuple(class_names.index(name) for name in folders), class_names)
+
+
+def open_upright(file: Path) -> PIL.Image.Image:
+    """Decode an image and turn it as its EXIF data says.
+
+    Raises:
+        ValueError: naming the file, if it cannot be decoded.
+    """
+    try:
+        with PIL.Image.open(file) as image:
+            return PIL.ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError(f"Expected a readable image, got {str(file)!r}: {error}") from error
+
+
+def image_batches(
+    files: Sequence[Path], processor: Any, batch_size: int, image_size: int | None = None
+) -> Iterator[Tensor]:
+    """Batches `(B, 3, H, W)` of float32 as the image processor makes them, in the order of the files.
+
+    Args:
+        files: images.
+        processor: an image processor of Transformers.
+        batch_size: B, but for the last batch.
+        image_size: side of the square that images are brought to in place of the processor's own size.
+
+    Raises:
+        ValueError: naming the file that cannot be decoded, or if images come out in several sizes or padded.
+    """
+    for start in range(0, len(files), batch_size):
+        yield preprocess([open_upright(file) for file in files[start : start + batch_size]], processor, image_size)
+
+
+def preprocess(images: Sequence[PIL.Image.Image], processor: Any, image_size: int | None = None) -> Tensor:
+    """One batch `(B, 3, H, W)`; see `image_batches`."""
+    each = [processor(image, return_tensors="pt", **_sizes(processor, image_size)) for image in images]
+    pixels = [one["pixel_values"][0] for one in each]
+    sizes = sorted({tuple(one.shape[-2:]) for one in pixels})
+    if len(sizes) > 1:
+        listed = ", ".join(f"{height} x {width}" for height, width in sizes[:3])
+        raise ValueError(
+            f"Expected an image processor that brings all images to one size, got {listed}: give an image size"
+        )
+    if any("pixel_mask" in one and not bool(one["pixel_mask"].all()) for one in each):
+        raise ValueError("Expected images without padding, got a pixel mask with some: give an image size")
+    return torch.stack(pixels).float()
+
+
+def _sizes(processor: Any, image_size: int | None) -> dict[str, Any]:
+    if image_size is None:
+        return {}
+    square = {"height": image_size, "width": image_size}
+    if not hasattr(processor, "size"):
+        raise ValueError(f"Expected an image processor whose size can be set, got {type(processor).__name__}")
+    if getattr(processor, "do_center_crop", False):
+        return {"size": {"shortest_edge": image_size}, "crop_size": square}
+    return {"size": square}
+
+
+def as_seen(pixel_values: Tensor, processor: Any) -> NDArray[np.uint8]:
+    """What the model saw, as RGB `(B, H, W, 3)`: normalisation undone, or each image stretched where it is unknown."""
+    mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
+    pixels = pixel_values.detach().float().cpu()
+    if mean is not None and std is not None and getattr(processor, "do_normalize", True):
+        pixels = pixels * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
+    else:
+        low, high = pixels.amin(dim=(1, 2, 3), keepdim=True), pixels.amax(dim=(1, 2, 3), keepdim=True)
+        pixels = (pixels - low) / (high - low).clamp(min=1e-6)
+    return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()

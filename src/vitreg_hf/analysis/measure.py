@@ -1,0 +1,291 @@
+# Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
+"""One pass over a folder of images: what is measured of each goes to disk, so memory does not grow with their number.
+
+Records are written batch by batch and renamed when complete; a pass that was interrupted goes on after the last one.
+Shapes: B images, L layers, h heads, T prefix tokens (CLS, then registers), N tokens, P patches, D channels; "states"
+are the residual stream before the first block and after each, L + 1 of them.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from vitreg_hf.analysis.attention import mass_by_kind
+from vitreg_hf.analysis.channels import infinity_norm, kurtosis, massive_activations, sigma_outliers
+from vitreg_hf.analysis.extract import Subject, embedded_patches, read
+from vitreg_hf.analysis.images import ImageFiles, open_upright, preprocess
+from vitreg_hf.analysis.recorder import AttentionCall, Readers
+from vitreg_hf.analysis.sinks import received_attention
+from vitreg_hf.analysis.token_norms import neighbour_similarity, patch_norms
+
+Arrays = dict[str, NDArray[Any]]
+_FORMAT = 1  # raised when records of an earlier version can no longer be read
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How images are run through a model.
+
+    Attributes:
+        batch_size: images at a time.
+        image_size: side in pixels of the square that images are brought to; None for the size of the image processor.
+        on_corrupt_image: `raise` stops at an image that cannot be decoded, `skip` leaves it out and lists it.
+
+    Raises:
+        ValueError: for a value outside these.
+    """
+
+    batch_size: int = 8
+    image_size: int | None = None
+    on_corrupt_image: str = "raise"
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"Expected a batch size of 1 or more, got {self.batch_size}")
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"Expected an image size of 1 pixel or more, got {self.image_size}")
+        if self.on_corrupt_image not in ("raise", "skip"):
+            raise ValueError(f"Expected on_corrupt_image 'raise' or 'skip', got {self.on_corrupt_image!r}")
+
+
+# One batch
+
+
+def measure_batch(subject: Subject, pixel_values: Tensor) -> dict[str, Tensor]:
+    """Everything that a report needs of a batch, on the CPU, first dimension B.
+
+    Args:
+        subject: a vision model.
+        pixel_values: `(B, C, H, W)`.
+
+    Returns:
+        `norms` `(B, states, P)`; `prefix_norms` `(B, states, T)`; `neighbours` `(B, P)`, similarity after the patch
+        embedding; `peak` `(B, states, 2)`, token and channel of the largest magnitude; `infinity_norm`, `kurtosis`,
+        `sigma_outliers`, `massive`, `relatively_massive` `(B, states)`; `received` `(B, L, N)`, attention that each
+        token gets, mean over heads; `received_prefix` `(B, L, h, T)` and `received_patch` `(B, L, h)`, of the patch
+        that gets most; `mass` `(B, L, T, 3)`, of each prefix token on CLS, registers, patches; `maps` `(B, h, T, P)`
+        of the last layer; `cls_update` and `cls_update_of_patches` `(B, D)`, what CLS takes in the last layer from
+        all tokens and from patches, before the output projection.
+    """
+    layout, grid = subject.layout, subject.grid(pixel_values)
+    last = len(subject.anatomy.blocks) - 1
+
+    def read_state(layer: int, state: Tensor) -> dict[str, Tensor]:
+        return {
+            "norms": patch_norms(state, layout),
+            "prefix_norms": layout.prefix_tokens(state).float().norm(dim=-1),
+            **_channels(state.float()),
+        }
+
+    def read_attention(layer: int, call: AttentionCall) -> dict[str, Tensor]:
+        received = _received(call)
+        probabilities = call.probabilities(layout.num_prefix)
+        kept = {
+            "received": received.mean(dim=1),
+            "received_prefix": layout.prefix_of(received),
+            "received_patch": layout.patches_of(received).amax(dim=-1),
+            "mass": mass_by_kind(probabilities.mean(dim=1), layout),
+        }
+        return kept if layer < last else {**kept, **_last_attention(call, probabilities, subject)}
+
+    recorded = read(subject, pixel_values, Readers(hidden=read_state, attention=read_attention))
+    measured = {name: torch.stack([state[name] for state in recorded.hidden], dim=1) for name in recorded.hidden[0]}
+    for name in ("received", "received_prefix", "received_patch", "mass"):
+        measured[name] = torch.stack([layer[name] for layer in recorded.attention], dim=1)
+    measured.update(
+        {name: recorded.attention[last][name] for name in recorded.attention[last].keys() - measured.keys()}
+    )
+    measured["neighbours"] = neighbour_similarity(embedded_patches(subject, recorded, grid)).flatten(1)
+    return {name: value.cpu() for name, value in measured.items()}
+
+
+def _channels(state: Tensor) -> dict[str, Tensor]:
+    flat = state.abs().flatten(1).argmax(dim=1)
+    peak = torch.stack([flat // state.shape[2], flat % state.shape[2]], dim=1)
+    return {
+        "infinity_norm": infinity_norm(state),
+        "kurtosis": kurtosis(state).float(),
+        "sigma_outliers": sigma_outliers(state).sum(dim=(1, 2)),
+        "massive": _massive(state, absolute=100.0),
+        "relatively_massive": _massive(state, absolute=0.0),
+        "peak": peak,
+    }
+
+
+def _massive(state: Tensor, absolute: float) -> Tensor:
+    """How many massive activations each image has, `(B,)`; none where half of all values are 0."""
+    return torch.tensor([_count_massive(one[None], absolute) for one in state])
+
+
+def _count_massive(state: Tensor, absolute: float) -> int:
+    return massive_activations(state, absolute=absolute, limit=1).total if bool(state.median() != 0) else 0
+
+
+def _received(call: AttentionCall) -> Tensor:
+    """Attention that each token gets, `(B, h, N)`, one image at a time: N x N maps of a batch would be large."""
+    return torch.cat([received_attention(call.of_input(index).probabilities()) for index in range(len(call.query))])
+
+
+def _last_attention(call: AttentionCall, probabilities: Tensor, subject: Subject) -> dict[str, Tensor]:
+    layout = subject.layout
+    kept = {"maps": layout.patches_of(probabilities)}
+    if layout.num_cls:
+        of_cls, values = probabilities[:, :, :1], call.values().float()
+        taken, of_prefix = of_cls @ values, layout.prefix_of(of_cls) @ layout.prefix_queries(values)
+        kept["cls_update"] = taken.flatten(1)
+        kept["cls_update_of_patches"] = (taken - of_prefix).flatten(1)
+    return kept
+
+
+# All images
+
+
+def measure(subject: Subject, images: ImageFiles, how: Pass, folder: Path) -> "Records":
+    """Measure every image, or those that an interrupted pass has not measured yet.
+
+    Args:
+        subject: a vision model.
+        images: image files.
+        how: how they are run.
+        folder: where records are kept; it may hold those of an earlier pass over the same images with the same model.
+
+    Raises:
+        ValueError: if the folder holds records of another model, other images or other settings, or for an image that
+            cannot be decoded.
+    """
+    records = Records(folder)
+    records.claim({"model": subject.name, "weights": fingerprint(subject), "images": images.names(), **asdict(how)})
+    starts = range(0, len(images), how.batch_size)
+    todo = [start for start in starts if not records.holds(start)]
+    if len(todo) < len(starts):
+        print(f"{len(starts) - len(todo)} of {len(starts)} batches were measured before: going on after them")
+    for start in tqdm(todo, desc=f"Measuring {subject.name}", unit="batch"):
+        files = images.files[start : start + how.batch_size]
+        kept, pixels = decode(files, subject.preprocess, how)
+        measured = {} if pixels is None else measure_batch(subject, pixels)
+        records.save(start, {"image": np.array([start + i for i in kept]), **_as_arrays(measured)}, pixels)
+    records.check()
+    return records
+
+
+def decode(files: Sequence[Path], processor: Any, how: Pass) -> tuple[list[int], Tensor | None]:
+    """Indices of the readable files, and those images as a batch, or None if there is none."""
+    opened = {}
+    for index, file in enumerate(files):
+        try:
+            opened[index] = open_upright(file)
+        except ValueError as error:
+            if how.on_corrupt_image == "raise":
+                raise ValueError(f"{error} (on_corrupt_image=skip leaves such images out)") from error
+    return list(opened), preprocess(list(opened.values()), processor, how.image_size) if opened else None
+
+
+def _as_arrays(measured: dict[str, Tensor]) -> Arrays:
+    return {name: value.contiguous().numpy() for name, value in measured.items()}
+
+
+def fingerprint(subject: Subject) -> str:
+    """A short code that changes with the weights."""
+    digest = hashlib.sha256()
+    for name, parameter in subject.model.state_dict().items():
+        numbers = parameter.double() if parameter.is_floating_point() else parameter.long()
+        digest.update(f"{name} {tuple(parameter.shape)} {numbers.sum().item()} {numbers.abs().sum().item()}".encode())
+    return digest.hexdigest()[:16]
+
+
+class Records:
+    """Measurements of images in files, one file per batch.
+
+    Args:
+        folder: made when the first record is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def claim(self, identity: dict[str, Any]) -> None:
+        """Say what is measured here.
+
+        Raises:
+            ValueError: if something else was, naming what differs.
+        """
+        file = self.folder / "identity.json"
+        wanted = json.loads(json.dumps({"format": _FORMAT, **identity}))
+        if file.is_file():
+            found = json.loads(file.read_text())
+            differing = [name for name in wanted if found.get(name) != wanted[name]]
+            if differing:
+                raise ValueError(
+                    f"Expected records of the same {', '.join(differing)} in {self.folder}, got others: use another "
+                    "output folder, or delete the records to measure anew"
+                )
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = self.folder / ".identity.json.unfinished"
+        unfinished.write_text(json.dumps(wanted))
+        os.replace(unfinished, file)
+
+    def holds(self, start: int) -> bool:
+        """Whether the batch that starts with this image is complete."""
+        return self._file(start).is_file()
+
+    def save(self, start: int, arrays: Arrays, pixels: Tensor | None) -> None:
+        """Write a batch, complete or not at all."""
+        size = [] if pixels is None else list(pixels.shape[-2:])
+        unfinished = self.folder / f".{start:08d}.unfinished"
+        save_file(arrays, unfinished, metadata={"size": json.dumps(size)})
+        os.replace(unfinished, self._file(start))
+
+    def check(self) -> None:
+        """Refuse records without any image, or of images of several sizes.
+
+        Raises:
+            ValueError: then.
+        """
+        shapes = {batch["norms"].shape[1:] for batch in self.measured()}
+        if len(shapes) != 1:
+            raise ValueError(f"Expected readable images of one size, got {len(shapes)} sizes: give an image size")
+
+    def __iter__(self) -> Iterator[Arrays]:
+        for file in sorted(self.folder.glob("*.safetensors")):
+            yield load_file(file)
+
+    def column(self, name: str) -> NDArray[Any]:
+        """One quantity of all images, first dimension images: for quantities of few numbers per image."""
+        return np.concatenate([batch[name] for batch in self.measured()])
+
+    def measured_images(self) -> NDArray[np.int64]:
+        """Indices of the images that could be decoded."""
+        return np.concatenate([batch["image"] for batch in self]).astype(np.int64)
+
+    def measured(self) -> Iterator[Arrays]:
+        """Batches in which at least one image could be decoded."""
+        return (batch for batch in self if "norms" in batch)
+
+    def mean(self, quantity: Callable[[Arrays], NDArray[Any]]) -> NDArray[np.float64]:
+        """Mean over all images of a quantity that is computed batch by batch, first dimension images."""
+        total, count = np.float64(0), 0
+        for batch in self.measured():
+            values = quantity(batch)
+            total, count = total + values.sum(axis=0, dtype=np.float64), count + len(values)
+        return np.asarray(total / count)
+
+    def norms(self, state: int, at_most: int = 2_000_000) -> NDArray[np.float32]:
+        """Norms of all patches of all images in one state, `(n,)`; evenly thinned out where there are more."""
+        patches = next(self.measured())["norms"].shape[2]
+        step = -(-len(self.measured_images()) * patches // at_most)
+        return np.concatenate([batch["norms"][:, state].ravel()[::step] for batch in self.measured()])
+
+    def _file(self, start: int) -> Path:
+        return self.folder / f"{start:08d}.safetensors"
