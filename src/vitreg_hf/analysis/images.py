@@ -4,7 +4,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import PIL.Image
@@ -12,7 +12,10 @@ import PIL.ImageOps
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
+_TRAIN_SHARE = 0.7
+_TRAIN, _TEST = ("train",), ("test", "val", "validation")
 _ENDINGS = frozenset(PIL.Image.registered_extensions()) - {".pdf", ".mpg", ".mpeg"}
 
 
@@ -137,3 +140,81 @@ def as_seen(pixel_values: Tensor, processor: Any) -> NDArray[np.uint8]:
         low, high = pixels.amin(dim=(1, 2, 3), keepdim=True), pixels.amax(dim=(1, 2, 3), keepdim=True)
         pixels = (pixels - low) / (high - low).clamp(min=1e-6)
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+# Classes
+
+
+def labelled_split(images: ImageFiles, seed: int = 0) -> tuple[ImageFiles, Tensor, Tensor]:
+    """Images with their classes `(n,)`, and which are for training, boolean `(n,)`.
+
+    A folder with `train` and `test` (or `val`, `validation`) is split as it says, else 70 % of each class are for
+    training.
+
+    Raises:
+        ValueError: if the images are not in one folder per class.
+    """
+    folders = set(images.class_names)
+    if folders and folders <= {*_TRAIN, *_TEST} and _TRAIN[0] in folders:
+        return _given_split(images)
+    if images.labels is None:
+        raise ValueError(f"Expected one folder per class in {str(images.root)!r} (or train and test), got none")
+    labels = torch.tensor(images.labels)
+    rank = torch.rand(len(labels), generator=torch.Generator().manual_seed(seed))
+    for_training = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = (labels == label).nonzero()[:, 0]
+        members = members[rank[members].argsort()]
+        for_training[members[: max(1, round(_TRAIN_SHARE * len(members)))]] = True
+    return images, labels, for_training
+
+
+def _given_split(images: ImageFiles) -> tuple[ImageFiles, Tensor, Tensor]:
+    test_folder = next(name for name in _TEST if name in images.class_names)
+    train, test = find_images(images.root / _TRAIN[0]), find_images(images.root / test_folder)
+    if train.labels is None or test.labels is None or not set(test.class_names) <= set(train.class_names):
+        raise ValueError(f"Expected the same folders of classes in train and {test_folder} of {str(images.root)!r}")
+    names = [*train.class_names]
+    labels = [*train.labels, *(names.index(test.class_names[label]) for label in test.labels)]
+    files = ImageFiles(images.root, (*train.files, *test.files), tuple(labels), train.class_names)
+    return files, torch.tensor(labels), torch.arange(len(labels)) < len(train)
+
+
+def export_dataset(
+    name: str,
+    folder: Path,
+    split: str,
+    image_column: str = "image",
+    label_column: str = "label",
+    config_name: str | None = None,
+    at_most: int | None = None,
+) -> int:
+    """Write images of a dataset (of the Hub, or local) to one folder per class, where every instrument finds them.
+
+    Returns:
+        How many images were written.
+
+    Raises:
+        ValueError: if the folder is not empty, or a column is missing.
+    """
+    import datasets
+
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"Expected an empty folder for the images of {name!r}, got {str(folder)!r}")
+    rows = cast(datasets.IterableDataset, datasets.load_dataset(name, config_name, split=split, streaming=True))
+    written = 0
+    for row in tqdm(rows if at_most is None else rows.take(at_most), desc=f"Writing {name}", unit="image"):
+        _check_columns(row, (image_column, label_column), name)
+        label = row[label_column]
+        feature = (rows.features or {}).get(label_column)
+        named = feature.int2str(label) if isinstance(feature, datasets.ClassLabel) else str(label)
+        file = folder / named.replace("/", "_") / f"{written:07d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        row[image_column].convert("RGB").save(file)
+        written += 1
+    return written
+
+
+def _check_columns(row: dict[str, Any], columns: Sequence[str], name: str) -> None:
+    if missing := [column for column in columns if column not in row]:
+        raise ValueError(f"Expected columns {', '.join(missing)} in the dataset {name!r}, got {', '.join(row)}")

@@ -1,0 +1,159 @@
+# Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
+"""Histograms and curves over layers.
+
+Each takes what `results.json` and the records hold, of several models at once where that makes sense.
+Shapes: n values in no order; layers in their order, state 0 being what the first block gets.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from vitreg_hf.analysis.figures.canvas import new_figure, save
+
+COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:gray")
+_NORM = "L2 norm of patch tokens before the final norm"
+
+
+def norm_histogram(norms: Mapping[str, NDArray[Any]], cutoffs: Mapping[str, float], path: Path, *, title: str) -> None:
+    """Distribution of patch norms of one layer per model, counts on a logarithmic axis (Fig. 3 of the paper)."""
+    figure = new_figure(7.5, 4.2)
+    axes = figure.subplots()
+    highest = max(float(values.max()) for values in norms.values())
+    lowest = min(float(values.min()) for values in norms.values())
+    edges = np.linspace(min(0.0, lowest), highest * 1.02, 80)
+    for (name, values), colour in zip(norms.items(), COLOURS):
+        shares = np.full(len(values), 100 / len(values))
+        label = f"{name}, {len(values):,} patches"
+        axes.hist(
+            values, bins=list(edges), weights=shares, histtype="stepfilled", alpha=0.35, color=colour, label=label
+        )
+        axes.axvline(cutoffs[name], color=colour, linestyle="--", label=f"cutoff of {name}: {cutoffs[name]:.3g}")
+    axes.set(yscale="log", xlabel=_NORM, ylabel="share of patches (%), log scale", title=title)
+    axes.legend(fontsize=8)
+    save(figure, path)
+
+
+def layer_curves(layers: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, *, title: str) -> None:
+    """Norms of patches and the share of outliers after every layer (Fig. 4a of the paper), one colour per model."""
+    figure = new_figure(10, 4.2)
+    norm, share = figure.subplots(1, 2)
+    for (name, states), colour in zip(layers.items(), COLOURS):
+        places = [state["layer"] for state in states]
+        low, high = ([state[f"norm_percentile_{p}"] for state in states] for p in (2, 98))
+        norm.fill_between(places, low, high, alpha=0.2, color=colour, label=f"{name}: 2nd to 98th percentile")
+        norm.plot(places, [state["norm_median"] for state in states], color=colour, label=f"{name}: median")
+        norm.plot(places, [state["norm_max"] for state in states], ":", color=colour, label=f"{name}: largest")
+        share.plot(places, [100 * state["outlier_share"] for state in states], "o-", ms=3, color=colour, label=name)
+    norm.set(yscale="log", ylabel="L2 norm of patch tokens, log scale", title="Norms")
+    share.set(ylabel="patches above the cutoff (%)", title="Outliers (cutoff of the layer that decides)")
+    for axes in (norm, share):
+        _over_layers(axes)
+        axes.legend(fontsize=7)
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def _over_layers(axes: Axes) -> None:
+    axes.set_xlabel("after layer (0: what the first layer gets)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+
+
+def similarity_density(outlier: NDArray[Any], normal: NDArray[Any], path: Path, *, title: str) -> None:
+    """How much patches resemble their neighbours right after patch embedding, by what becomes of them (Fig. 5a)."""
+    figure = new_figure(7.5, 4.2)
+    axes = figure.subplots()
+    edges = list(np.linspace(min(-0.1, float(normal.min())), 1, 61))
+    for values, name, colour in ((normal, "normal", COLOURS[0]), (outlier, "outlier", COLOURS[3])):
+        if len(values):
+            label = f"{name} in the output, {len(values):,} patches"
+            axes.hist(values, bins=edges, density=True, histtype="stepfilled", alpha=0.4, color=colour, label=label)
+    axes.set(xlabel="mean cosine similarity to the 4 neighbours, before positions", ylabel="density", title=title)
+    axes.legend(fontsize=8)
+    save(figure, path)
+
+
+def mass_curve(cls_mass: Sequence[Sequence[float]], name: str, path: Path, *, title: str) -> None:
+    """Where the attention of a prefix token goes, layer by layer: CLS, registers, patches; they add up to 100 %."""
+    figure = new_figure(7.5, 4.2)
+    axes = figure.subplots()
+    parts = 100 * np.array(cls_mass).T
+    places = np.arange(1, parts.shape[1] + 1)
+    labels, colours = ("CLS", "registers", "patches"), (COLOURS[1], COLOURS[2], COLOURS[0])
+    bottom = np.zeros(parts.shape[1])
+    for part, label, colour in zip(parts, labels, colours, strict=True):
+        if part.any():
+            axes.bar(places, part, bottom=bottom, color=colour, label=f"on {label}", width=0.9)
+        bottom = bottom + part
+    axes.set(ylabel=f"attention of {name} (%), mean of heads", title=title, ylim=(0, 100), xlabel="layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(fontsize=8, loc="lower right")
+    save(figure, path)
+
+
+def sink_curves(tokens: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
+    """How much attention tokens get in every layer, against an even share, and in how many heads they are sinks."""
+    figure = new_figure(10, 4.2)
+    times, score = figure.subplots(1, 2)
+    for row, colour in zip(tokens, COLOURS):
+        places = range(1, len(row["score"]) + 1)
+        times.plot(places, row["times_uniform"], "o-", markersize=3, color=colour, label=row["name"])
+        score.plot(
+            places, [100 * value for value in row["score"]], "o-", markersize=3, color=colour, label=row["name"]
+        )
+    times.axhline(1, color="black", linewidth=0.8)
+    times.set(
+        ylabel="attention received / even share", title="Attention received, mean of heads (1: even)", yscale="log"
+    )
+    score.set(ylabel="heads (%)", title="Heads in which it gets more than 0.3 of all attention", ylim=(-3, 103))
+    for axes in (times, score):
+        axes.set_xlabel("layer")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    times.legend(fontsize=7)
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def channel_curves(layers: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, *, title: str) -> None:
+    """Largest value, kurtosis, and values beyond six standard deviations of the residual stream after every layer."""
+    figure = new_figure(12, 3.9)
+    drawn = (
+        ("infinity_norm", "largest magnitude, mean over images", "log"),
+        ("kurtosis", "kurtosis (a Gaussian has 3)", "log"),
+        ("sigma_outliers", "values beyond 6 standard deviations, per image", "symlog"),
+    )
+    for axes, (key, label, scale) in zip(figure.subplots(1, 3), drawn, strict=True):
+        for (name, states), colour in zip(layers.items(), COLOURS):
+            places, values = [s["layer"] for s in states], [s[key] for s in states]
+            known = [(place, value) for place, value in zip(places, values) if value is not None]
+            axes.plot(*zip(*known), "o-", markersize=3, color=colour, label=name)
+        axes.set(ylabel=label, yscale=scale)
+        _over_layers(axes)
+    axes.legend(fontsize=8)
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def differences(rows: Sequence[Mapping[str, Any]], first: str, second: str, path: Path, *, title: str) -> None:
+    """One line per quantity: the mean difference between two models with its 95 % interval, in its own unit."""
+    figure = new_figure(8.5, 0.62 * len(rows) + 1.4)
+    for axes, row in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
+        low, mean, high = (row["difference"][key] for key in ("low", "mean", "high"))
+        colour = COLOURS[3] if row["differs"] else COLOURS[7]
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.plot([low, high], [0, 0], color=colour, linewidth=3)
+        axes.plot([mean], [0], "o", color=colour)
+        width = max(abs(low), abs(high), 1e-12) * 1.25
+        axes.set(xlim=(-width, width), yticks=[0], yticklabels=[f"{row['name']} ({row['unit']})"], ylim=(-1, 1))
+        axes.tick_params(labelsize=8)
+    figure.suptitle(
+        f"{title}\n{second} minus {first}, mean and 95 % interval; red: the interval excludes 0", fontsize=10
+    )
+    save(figure, path)
