@@ -337,7 +337,7 @@ def test_nothing_is_found_where_nothing_is_planted(tmp_path):
     )
 
 
-def planted_llama():
+def planted_llama(embedding=1.0, written=5.0):
     """The third layer's FFN writes channel 7 of "."; all queries attend to the first token, which is <s>."""
     tokenizer = make_tokenizer(["<s>"], bos_token="<s>")
     subject = make_subject("llama", tokenizer)
@@ -347,6 +347,7 @@ def planted_llama():
         words.copy_(torch.randn(words.shape) * 0.05)
         words[:, :3] = torch.tensor([0.0, 0.0, 1.0])
         words[4, 0], words[5, 1] = 3.0, 3.0
+        words *= embedding
         for layer in model.layers:
             for matrix in (
                 layer.self_attn.o_proj,
@@ -362,7 +363,7 @@ def planted_llama():
         mlp.gate_proj.weight.zero_()
         mlp.up_proj.weight.zero_()
         mlp.gate_proj.weight[0, 1] = mlp.up_proj.weight[0, 1] = 2.0
-        mlp.down_proj.weight[7, 0] = 5.0
+        mlp.down_proj.weight[7, 0] = written
     return subject
 
 
@@ -379,6 +380,18 @@ def test_a_planted_massive_activation_is_traced_to_its_writer(tmp_path):
     for rule in ("massive_absolute", "massive_relative", "massive_both"):
         of_states = means(results["channels"]["residual"], rule)
         assert of_states == pytest.approx([0, 0, 0, count(".") / len(TEXTS)])
+
+
+@pytest.mark.parametrize(
+    ("embedding", "written", "massive"),
+    [(1.0, 0.8, (0, 1, 0)), (25.0, 5.0, (1, 0, 0)), (1.0, 5.0, (1, 1, 1)), (1.0, 0.1, (0, 0, 0))],
+    ids=["relative alone", "absolute alone", "both", "neither"],
+)
+def test_each_rule_of_massive_activations_counts_by_itself(tmp_path, embedding, written, massive):
+    results = analyze(planted_llama(embedding, written), tmp_path)
+    last = results["channels"]["residual"][-1]
+    found = [last[f"massive_{rule}"]["mean"] for rule in ("absolute", "relative", "both")]
+    assert found == pytest.approx([one * count(".") / len(TEXTS) for one in massive])
 
 
 def test_a_planted_sink_of_the_first_token_is_found(tmp_path):
@@ -407,8 +420,8 @@ def test_a_causal_model_that_attends_evenly_has_no_sink(tmp_path):
 
 
 def test_an_interrupted_run_goes_on_and_ends_in_the_same_results(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_sinks, "_TEXTS_PER_RECORD", 2)
     subject, measure = make_subject("roberta"), text_sinks.measure_batch
+    monkeypatch.setattr(text_sinks, "_TEXTS_PER_RECORD", 2)
     expected = analyze(subject, tmp_path / "whole", logit_texts=3)
     measured = []
 
@@ -427,6 +440,13 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_results(tmp_path, monke
     assert json.dumps(resumed) == json.dumps(expected)
     assert resumed["logits"]["texts"] == 3
     assert json.loads((tmp_path / "cut" / "results.json").read_text()) == json.loads(json.dumps(expected))
+
+
+def test_the_text_shown_is_that_with_most_outliers_in_whatever_record_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_sinks, "_TEXTS_PER_RECORD", 2)
+    results = analyze(planted_bert(key_channel=0), tmp_path, texts=[*TEXTS[:4], "some trees . many birds ."])
+    assert results["no_op"]["example"]["text"] == 4
+    assert results["no_op"]["example"]["outlier_tokens"] == [".", "."]
 
 
 def test_records_of_something_else_are_refused(tmp_path):
@@ -564,6 +584,7 @@ def test_minilm_writes_one_channel_of_cls_and_then_attends_to_nothing(minilm):
     assert found["example"]["outlier_tokens"] == ["[CLS]"]
     assert found["no_op_share"] > 0.7
     assert found["example"]["value_norm_over_median"] < 0.1
+    assert 0.05 < found["example"]["output_norm_over_median"] < 0.2
     assert all(found["pattern"].values())
 
 

@@ -170,7 +170,7 @@ def measure(subject: Subject, images: ImageFiles, how: Pass, folder: Path) -> "R
     todo = [start for start in starts if not records.holds(start)]
     if len(todo) < len(starts):
         print(f"{len(starts) - len(todo)} of {len(starts)} batches were measured before: going on after them")
-    for start in tqdm(todo, desc=f"Measuring {subject.name}", unit="batch"):
+    for start in tqdm(todo, desc=f"Measuring {subject.name}", unit="batch", disable=not todo):
         files = images.files[start : start + how.batch_size]
         kept, pixels = decode(files, subject.preprocess, how)
         measured = {} if pixels is None else measure_batch(subject, pixels)

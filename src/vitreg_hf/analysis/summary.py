@@ -96,7 +96,7 @@ def summarize(records: Records, rule: OutlierRule, subject: Subject, grid: tuple
     return {
         "outliers": _outlier_section(records, rule, outliers, images, states, grid),
         "layers": states,
-        "attention": attention_section(records, subject.anatomy.prefix_names, grid),
+        "attention": attention_section(records, subject.anatomy.prefix_names, images, grid),
         "sinks": _sink_section(records, subject.anatomy.prefix_names, images),
     }
 
@@ -220,10 +220,12 @@ def _mean(values: NDArray[Any]) -> float | None:
 # Attention
 
 
-def attention_section(records: Records, names: tuple[str, ...], grid: tuple[int, int]) -> dict[str, Any]:
+def attention_section(
+    records: Records, names: tuple[str, ...], images: dict[str, NDArray[np.float64]], grid: tuple[int, int]
+) -> dict[str, Any]:
     """What CLS and each register attend to in the last layer, and whether registers look at different places."""
     if not names:
-        return {"tokens": [], "overlap": [], "cls_mass": [], "patch_only_cka": None, "patch_only_cka_images": 0}
+        return {"tokens": [], "overlap": [], "cls_mass": [], "cls_on_registers": None, **_patch_only(records)}
     measured = [_maps_of(batch, grid) for batch in records.measured()]
     shapes = {key: torch.cat([one[key] for one in measured]) for key in measured[0]}
     mass = records.mean(lambda batch: batch["mass"])
@@ -243,6 +245,7 @@ def attention_section(records: Records, names: tuple[str, ...], grid: tuple[int,
         "tokens": tokens,
         "overlap": shapes["overlap"].mean(dim=0).tolist(),
         "cls_mass": mass[:, 0].tolist(),
+        "cls_on_registers": asdict(mean_interval(images["cls_mass_on_registers"])),
         **_patch_only(records),
     }
 

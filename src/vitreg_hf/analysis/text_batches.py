@@ -138,7 +138,7 @@ def _attention(call: AttentionCall, batch: TextBatch, causal: bool) -> dict[str,
 def _even_share(batch: TextBatch, causal: bool) -> Tensor:
     """Share of each kind if every query attended evenly to all tokens that it may see, `(B, K)`."""
     allowed = batch.mask[:, :, None] & batch.mask[:, None]
-    allowed = allowed.double()
+    allowed = (allowed.tril() if causal else allowed).double()
     even = allowed / allowed.sum(dim=-1, keepdim=True).clamp(min=1)
     return sinks.share_by_kind(even[:, None], batch.kinds, len(KINDS), batch.mask)[:, 0].float()
 

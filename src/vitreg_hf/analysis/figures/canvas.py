@@ -47,8 +47,8 @@ def draw_map(
     lowest: float = 0.0,
     colours: str = "viridis",
 ) -> Any:
-    """A map `(rows, columns)`, a flat square per patch, over the extent of its image in pixels; returns the artist."""
-    (height, width), (rows, columns) = size, values.shape
+    """A map `(rows, columns)`, or colours `(rows, columns, 3)`, over the extent of its image; returns the artist."""
+    (height, width), (rows, columns) = size, values.shape[:2]
     drawn = axes.imshow(values, extent=(0, width, height, 0), vmin=lowest, vmax=highest, cmap=colours)
     axes.set(xticks=[], yticks=[])
     if max(rows, columns) <= _GRID_LINES_UP_TO:
