@@ -134,7 +134,7 @@ def describe_images(files: ImageFiles, records: Records, grid: tuple[int, int], 
 def writer(subject: Subject, files: ImageFiles, how: Pass) -> dict[str, Any] | None:
     """Which FFN writes the largest value of the residual stream, and into which channel and token, most frequently.
 
-    None where states are not sums of branches, or no image can be read.
+    None where no FFN wrote it, states are not sums of branches, or no image can be read.
     """
     followed = []
     for file in files.files:
@@ -147,6 +147,8 @@ def writer(subject: Subject, files: ImageFiles, how: Pass) -> dict[str, Any] | N
     shares = [
         one.ffn / one.value for one, kind in zip(followed, kinds, strict=True) if kind == (layer, channel, token)
     ]
+    if median(shares) <= 0:  # no FFN wrote it: it came in with the embedding
+        return None
     return {
         "layer": layer,
         "channel": channel,

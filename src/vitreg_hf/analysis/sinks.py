@@ -17,6 +17,8 @@ from vitreg_hf.analysis.token_kinds import one_hot_kinds, real_tokens
 
 _STRAY = 1e-3  # attention of one query that rounding to 16 bits may leave where there should be none
 
+EPSILON = 0.3  # attention above which a token is a sink in the paper of `sink_heads`
+
 
 class RunningMean:
     """Mean over inputs of tensors of one shape, summed in float64 on the CPU.
@@ -185,7 +187,7 @@ def received_attention(probabilities: Tensor, token_mask: Tensor | None = None, 
     return received.masked_fill(~real[:, None], torch.nan)
 
 
-def sink_heads(received: Tensor, key: int | Tensor, epsilon: float = 0.3) -> Tensor:
+def sink_heads(received: Tensor, key: int | Tensor, epsilon: float = EPSILON) -> Tensor:
     """Which heads make a sink of a token.
 
     Args:
@@ -215,7 +217,7 @@ def sink_heads(received: Tensor, key: int | Tensor, epsilon: float = 0.3) -> Ten
     return at_key > epsilon
 
 
-def sink_score(received: Tensor, key: int | Tensor, epsilon: float = 0.3) -> Tensor:
+def sink_score(received: Tensor, key: int | Tensor, epsilon: float = EPSILON) -> Tensor:
     """Share of the layer's heads that make a sink of a token, `(B,)`, from 0 to 1.
 
     The paper's score, which it prints in percent, is the mean of this over inputs and layers (all of as many heads).

@@ -19,9 +19,9 @@ from vitreg_hf.analysis.extract import Subject
 from vitreg_hf.analysis.features import linear_cka
 from vitreg_hf.analysis.intervals import Interval, mean_interval
 from vitreg_hf.analysis.measure import Arrays, Records
+from vitreg_hf.analysis.sinks import EPSILON
 from vitreg_hf.analysis.token_norms import CUTOFF_RULES, Bimodality, bimodality, cutoff
 
-SINK_EPSILON = 0.3
 _HALF = 0.5
 _CKA_AT_MOST = 2_000  # images; beyond, features would fill memory and the number no longer moves
 
@@ -281,8 +281,8 @@ def _patch_only(records: Records) -> dict[str, Any]:
 
 
 def _sink_section(records: Records, names: tuple[str, ...], images: dict[str, NDArray[np.float64]]) -> dict[str, Any]:
-    score = records.mean(lambda batch: (batch["received_prefix"] > SINK_EPSILON).mean(axis=2))  # (L, T)
-    of_patch = records.mean(lambda batch: (batch["received_patch"] > SINK_EPSILON).mean(axis=2))  # (L,)
+    score = records.mean(lambda batch: (batch["received_prefix"] > EPSILON).mean(axis=2))  # (L, T)
+    of_patch = records.mean(lambda batch: (batch["received_patch"] > EPSILON).mean(axis=2))  # (L,)
     tokens = next(records.measured())["received"].shape[2]
     uniform = records.mean(lambda batch: batch["received"][:, :, : len(names)]) * tokens
     most = records.mean(lambda batch: batch["received"][:, :, len(names) :].max(axis=2)) * tokens

@@ -7,7 +7,7 @@ is what layer 0 gets, state `i + 1` what comes after layer `i`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitreg_hf.analysis import channels, sinks
+from vitreg_hf.analysis import channels, sinks, writers
 from vitreg_hf.analysis.extract import Subject, read
 from vitreg_hf.analysis.recorder import AttentionCall, Readers
 from vitreg_hf.analysis.token_kinds import TextKind, kinds_of, one_hot_kinds
@@ -25,9 +25,8 @@ Numbers = dict[str, NDArray[Any]]
 KINDS = ("[CLS]", "[SEP]", "first token", "punctuation", "newline", "other")  # in the order of `TextKind`
 RESTING = [kind for kind in TextKind if kind not in (TextKind.OTHER, TextKind.PADDING)]
 SINKS = ("first token", "[CLS]", "[SEP]")
-EPSILON = 0.3  # attention above which a token is a sink (arXiv 2410.10781)
+EPSILON = sinks.EPSILON
 MASSIVE = (100.0, 1000.0)  # magnitude, and magnitude over the median one (arXiv 2402.17762)
-_ROUNDING = 0.02  # of the largest value, that sums in 16 bits may be off
 
 
 # Texts as tokens
@@ -230,31 +229,11 @@ def mean_logits(numbers: Numbers) -> NDArray[np.float64] | None:
 
 
 def follow_largest(subject: Subject, ids: list[int]) -> dict[str, Any]:
-    """Find the largest value of the residual stream of one text, and the FFN that does most for it."""
-
-    def keep(layer: int, x: Tensor) -> Tensor:
-        return x.float().cpu()
-
+    """The largest value of the residual stream of one text, on which token it stands, and the FFN that wrote it."""
     batch = text_batch(subject, [ids])
-    recorded = read(subject, batch.inputs(), Readers(hidden=keep, attention_update=keep, ffn_update=keep))
-    states = torch.stack(recorded.hidden)[:, 0]  # (L + 1, N, D)
-    state, token, channel = (int(i) for i in np.unravel_index(int(states.abs().argmax()), tuple(states.shape)))
-    triples = zip(recorded.hidden[:-1], recorded.attention_updates, recorded.ffn_updates)
-    parts = [channels.written_by(*triple, torch.tensor([[0, token, channel]])) for triple in triples]
-    layer, value = int(channels.largest_ffn_writer(parts).layer), states[state, token, channel]
-    missing = states[1:, token, channel] - torch.cat([part.after for part in parts])
-    return {
-        "value": value.item(),
-        "over_median": (value.abs() / states[state].abs().median()).item(),
-        "state": state,
-        "channel": channel,
-        "position": token,
-        "token": batch.strings[0][token],
-        "kind": KINDS[int(batch.kinds[0, token])],
-        "ffn_layer": layer + 1,
-        **{name: getattr(parts[layer], name).item() for name in ("before", "attention", "ffn")},
-        "adds_up": bool(missing.abs().max() < _ROUNDING * value.abs()),
-    }
+    found = writers.follow_largest(subject, batch.inputs())
+    token, kind = batch.strings[0][found.position], KINDS[int(batch.kinds[0, found.position])]
+    return {**asdict(found), "token": token, "kind": kind}
 
 
 def read_head(

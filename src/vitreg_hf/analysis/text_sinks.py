@@ -49,7 +49,7 @@ _TEXTS_PER_RECORD = 64  # what an interruption can cost; it decides nothing else
 _FEWEST_TOKENS = 2  # a text of one token leaves attention no choice
 _TRACED_TEXTS = 16  # those with the largest activations, one forward pass each
 _READABLE_TOKENS = 32  # on the axes of a picture
-_DRAWN_LAYERS = 6  # evenly spaced, and the second
+_DRAWN_LAYERS = 6  # all, or the second and evenly spaced ones
 _DRAWN_HEADS = 8  # small maps side by side
 
 
@@ -278,7 +278,8 @@ def draw(
 
 def _draw_logits(results: dict[str, Any], logits: NDArray[np.float64], folder: Path) -> list[Picture]:
     layers, heads = logits.shape[:2]
-    some = sorted({0, min(1, layers - 1), *np.linspace(0, layers - 1, _DRAWN_LAYERS).round().astype(int).tolist()})
+    spaced = np.linspace(0, layers - 1, _DRAWN_LAYERS - 1).round().astype(int).tolist()
+    some = range(layers) if layers <= _DRAWN_LAYERS else sorted({1, *spaced})
     few = sorted({0, layers // 2, layers - 1})
     found = results["logits"]
     about = (

@@ -15,7 +15,7 @@ from vitreg_hf.analysis.channels import largest_ffn_writer, written_by
 from vitreg_hf.analysis.extract import Subject, read
 from vitreg_hf.analysis.recorder import Readers
 
-_ROUNDING = 1e-3
+_ROUNDING = 0.02  # of the largest value, that sums in 16 bits may be off
 
 
 @dataclass(frozen=True)

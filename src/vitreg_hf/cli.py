@@ -1,0 +1,212 @@
+# Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
+"""The command `vitreg`: reads arguments, calls one function, prints what it found and where the report is."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_IMAGES = "folder of images, searched with its subfolders"
+_OUTPUT = "folder of the report (default: outputs/ and the command)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns 0, or 2 with one sentence on stderr for a mistake of the user's."""
+    options = parser().parse_args(argv)
+    options.output = options.output or Path("outputs") / options.command
+    # What it takes to import the rest is only paid when a command runs, so that --help is quick.
+    import vitreg_hf  # noqa: F401 - registers the model family with Transformers
+
+    try:
+        options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"vitreg {options.command}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"vitreg {options.command}: {error}: pip install 'vitreg_hf[analysis]'", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"vitreg {options.command}: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = argparse.ArgumentParser(prog="vitreg", description="Vision Transformers with registers")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    one = _command(commands, "analyze", _analyze, "measure and draw artifacts, registers and sinks of a vision model")
+    one.add_argument("model", help="folder or Hub id of a vision model")
+    one.add_argument("images", help=f"{_IMAGES}; one folder per class adds the paper's Table 1")
+    _add_pass(one)
+    _add_rule(one)
+    one.add_argument("--no-probes", action="store_true", help="train no probes, which takes most of the time on a CPU")
+    one.add_argument("--pictured", type=int, default=5, help="images that are drawn (default: 5)")
+
+    two = _command(commands, "compare", _compare, "two models on the same images, with intervals")
+    two.add_argument("first", help="folder or Hub id of a vision model")
+    two.add_argument("second", help="folder or Hub id of another one")
+    two.add_argument("images", help=_IMAGES)
+    _add_pass(two)
+    _add_rule(two)
+    two.add_argument("--pictured", type=int, default=5, help="images that are drawn (default: 5)")
+
+    probe = _command(commands, "probe", _probe, "the paper's Table 1: classify images from one token")
+    probe.add_argument("model", help="folder or Hub id of a vision model")
+    probe.add_argument("images", nargs="+", help="folders with one folder per class, or with train and test of those")
+    _add_pass(probe)
+    _add_rule(probe)
+    probe.add_argument("--draws", type=int, default=5, help="random tokens per image and kind (default: 5)")
+
+    discover = _command(commands, "discover", _discover, "object discovery with LOST, and its CorLoc")
+    discover.add_argument("model", help="folder or Hub id of a vision model")
+    discover.add_argument("annotations", type=Path, help="VOCdevkit/VOC2007 or alike, or the folder of COCO train2014")
+    discover.add_argument("--split", default="trainval", help="of VOC (default: trainval)")
+    discover.add_argument("--no-hard", action="store_true", help="leave difficult and truncated objects of VOC out")
+    discover.add_argument("--coco20k", type=Path, metavar="LIST", help="file with the names of COCO20k; not VOC then")
+    discover.add_argument("--no-sweep", action="store_true", help="the authors' default alone")
+    discover.add_argument("--image-size", choices=("original", "processor"), default="original", help="see the docs")
+
+    ablate = _command(commands, "ablate", _ablate, "replace registers, outliers or sinks, and see what is lost")
+    ablate.add_argument("model", help="folder or Hub id of a vision model")
+    ablate.add_argument("images", help=f"{_IMAGES}; folders of classes give labels")
+    ablate.add_argument("--tokens", choices=("registers", "outliers", "sink"), default="registers", help="which")
+    ablate.add_argument("--modes", nargs="+", choices=("zero", "mean", "noise", "shuffle"), help="default: all")
+    _add_pass(ablate)
+    _add_rule(ablate)
+
+    sinks = _command(commands, "sinks", _sinks, "attention sinks and outlier channels of a text model")
+    sinks.add_argument("model", help="folder or Hub id of a text model")
+    sinks.add_argument("--texts", type=Path, required=True, help="UTF-8 file, one text per line")
+    sinks.add_argument("--batch-size", type=int, default=8, help="texts at a time (default: 8)")
+    sinks.add_argument("--max-length", type=int, default=64, help="tokens after which a text is cut off (default: 64)")
+
+    dataset = _command(commands, "dataset", _dataset, "write a dataset to one folder per class, for the others")
+    dataset.add_argument("name", help="Hub id, or a folder or file that the datasets library reads")
+    dataset.add_argument("--config", help="configuration of the dataset")
+    dataset.add_argument("--split", default="test", help="default: test")
+    dataset.add_argument("--image-column", default="image", help="default: image")
+    dataset.add_argument("--label-column", default="label", help="default: label")
+    dataset.add_argument("--at-most", type=int, help="write no more images than this")
+    return top
+
+
+def _command(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    command.set_defaults(run=run)
+    command.add_argument("--output", type=Path, help=_OUTPUT)
+    return command
+
+
+def _add_pass(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--batch-size", type=int, default=8, help="images at a time (default: 8)")
+    command.add_argument("--image-size", type=int, help="side in pixels in place of the image processor's size")
+    command.add_argument(
+        "--on-corrupt-image", choices=("raise", "skip"), default="raise", help="stop, or leave it out and list it"
+    )
+
+
+def _add_rule(command: argparse.ArgumentParser) -> None:
+    rules = ("median", "sigma", "percentile", "mixture", "fixed")
+    command.add_argument("--cutoff", choices=rules, default="median", help="rule for outliers (default: 2 x median)")
+    command.add_argument("--cutoff-value", type=float, help="number of that rule")
+    command.add_argument("--layer", type=int, default=-1, help="judge norms after this layer (default: -1, the last)")
+
+
+def _settings(options: argparse.Namespace) -> tuple[Any, Any]:
+    from vitreg_hf.analysis.measure import Pass
+    from vitreg_hf.analysis.summary import OutlierRule
+
+    how = Pass(options.batch_size, options.image_size, options.on_corrupt_image)
+    return how, OutlierRule(options.cutoff, options.cutoff_value, options.layer)
+
+
+def _analyze(options: argparse.Namespace) -> None:
+    from vitreg_hf.analysis.analyze import AnalyzeSettings, analyze
+    from vitreg_hf.analysis.artifact_sections import lead
+
+    settings = AnalyzeSettings(*_settings(options), probes=not options.no_probes, pictured=options.pictured)
+    print(lead(analyze(options.model, options.images, options.output, settings)))
+    _print_report(options.output)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from vitreg_hf.analysis.analyze import AnalyzeSettings
+    from vitreg_hf.analysis.compare import compare, lead
+
+    settings = AnalyzeSettings(*_settings(options), probes=False, pictured=options.pictured)
+    print(lead(compare(options.first, options.second, options.images, options.output, settings)))
+    _print_report(options.output)
+
+
+def _probe(options: argparse.Namespace) -> None:
+    from vitreg_hf.analysis.studies import probe
+
+    results = probe(options.model, options.images, options.output, *_settings(options), draws=options.draws)
+    for name, row in results["sets"].items():
+        scores = {kind: row[kind] for kind in ("CLS", "normal", "outlier", "register") if row.get(kind)}
+        print(f"{name}: " + ", ".join(f"{kind} {100 * one['accuracy']:.1f} %" for kind, one in scores.items()))
+    _print_report(options.output)
+
+
+def _discover(options: argparse.Namespace) -> None:
+    from vitreg_hf.analysis.annotations import read_coco20k, read_voc
+    from vitreg_hf.analysis.studies import discover
+
+    if options.coco20k is not None:
+        annotated = read_coco20k(options.annotations, options.coco20k)
+    else:
+        annotated = read_voc(options.annotations, options.split, include_hard=not options.no_hard)
+    sweep, size = not options.no_sweep, options.image_size
+    results = discover(options.model, annotated, options.output, sweep=sweep, image_size=size)
+    for name in ("default", "best_on_the_same_images"):
+        score = results[name]
+        print(f"{name.replace('_', ' ')}: CorLoc {100 * score['corloc']['mean']:.1f} % ({score['setting']})")
+    _print_report(options.output)
+
+
+def _ablate(options: argparse.Namespace) -> None:
+    from vitreg_hf.analysis.ablations import MODES
+    from vitreg_hf.analysis.studies import ablate_images
+
+    how, rule = _settings(options)
+    modes = options.modes or MODES
+    results = ablate_images(options.model, options.images, options.output, how, rule, options.tokens, modes)
+    for mode, row in results["modes"].items():
+        print(f"{mode}: cosine of the pooled feature {row['ablated']['pooled_cosine']['mean']:.4f}")
+    _print_report(options.output)
+
+
+def _sinks(options: argparse.Namespace) -> None:
+    from vitreg_hf.analysis import text_report
+    from vitreg_hf.analysis.studies import sinks
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    results = sinks(options.model, options.texts, options.output, options.batch_size, options.max_length)
+    print(text_report.lead(results))
+    _print_report(options.output)
+
+
+def _dataset(options: argparse.Namespace) -> None:
+    from vitreg_hf.analysis.images import export_dataset
+
+    count = export_dataset(
+        options.name,
+        options.output,
+        options.split,
+        options.image_column,
+        options.label_column,
+        options.config,
+        options.at_most,
+    )
+    print(f"{count} images in {options.output}")
+
+
+def _print_report(folder: Path) -> None:
+    print(f"report:  {folder / 'report.html'}\nnumbers: {folder / 'results.json'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
