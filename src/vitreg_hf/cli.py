@@ -1,5 +1,8 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
-"""The command `vitreg`: reads arguments, calls one function, prints what it found and where the report is."""
+"""The command `vitreg`: reads arguments, calls one function, prints what it found and where the report is.
+
+Functions are imported by the command that calls them: most need the extra `analysis`.
+"""
 
 import argparse
 import sys
@@ -15,9 +18,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns 0, or 2 with one sentence on stderr for a mistake of the user's."""
     options = parser().parse_args(argv)
     options.output = options.output or Path("outputs") / options.command
-    # What it takes to import the rest is only paid when a command runs, so that --help is quick.
-    import vitreg_hf  # noqa: F401 - registers the model family with Transformers
-
     try:
         options.run(options)
     except (ValueError, OSError) as error:

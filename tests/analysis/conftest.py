@@ -1,8 +1,8 @@
 """A network with planted artifacts: which patches become outliers, where, by which neuron, and who attends to them.
 
-Blue patches are the redundant ones. The FFN of block 2 (of 4) has one neuron that fires for them alone and writes 60 into
-channel 31; from block 3 on every token attends to whatever has a large channel 31. Nothing else happens: other weights of
-attention and FFN are zero, so every number of a report follows from a few.
+Blue patches are the redundant ones. The FFN of block 2 (of 4) has one neuron that fires for them alone and writes a
+huge value into channel 31; from block 3 on every token attends to whatever has a large channel 31. Nothing else
+happens: other weights of attention and FFN are zero, so every number of a report follows from a few.
 """
 
 from pathlib import Path
@@ -75,7 +75,7 @@ def _attend_to_channel(attention):
         attention.k_proj.weight[row, CHANNEL] = 1.0
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def planted():
     """Planted network as a subject of analysis, with its image processor."""
 
@@ -87,29 +87,29 @@ def planted():
 
 
 def write_images(folder: Path, blue: np.ndarray, seed: int = 0) -> None:
-    """One image per mask `(images, GRID, GRID)` of blue patches; the others are red noise."""
+    """One image per mask `(images, GRID, GRID)` of blue patches; the others have colours of their own, none bluish."""
     generator = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for number, mask in enumerate(blue):
-        pixels = generator.integers(0, 100, (GRID, PATCH, GRID, PATCH, 3), dtype=np.uint8)
-        pixels[..., 0] += 120
-        pixels[:, :, :, :][np.broadcast_to(mask[:, None, :, None], pixels.shape[:4])] = (0, 0, 255)
-        image = pixels.reshape(GRID * PATCH, GRID * PATCH, 3)
+        colours = generator.integers((60, 0, 0), (256, 256, 40), (GRID, GRID, 3))
+        colours[mask] = (0, 0, 255)
+        image = colours.repeat(PATCH, axis=0).repeat(PATCH, axis=1).astype(np.uint8)
         PIL.Image.fromarray(image).save(folder / f"{number:03d}.png")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def blue_patches():
-    """Which patches are blue, in 12 images: two beside one another in each, none in the last two."""
+    """Which patches are blue, in 12 images: a square of four in each, none in the last two."""
     generator, masks = np.random.default_rng(3), np.zeros((12, GRID, GRID), dtype=bool)
     for mask in masks[:-2]:
-        row, column = generator.integers(0, GRID), generator.integers(0, GRID - 1)
-        mask[row, column : column + 2] = True
+        row, column = generator.integers(0, GRID - 1, 2)
+        mask[row : row + 2, column : column + 2] = True
     return masks
 
 
-@pytest.fixture
-def planted_images(tmp_path, blue_patches):
+@pytest.fixture(scope="session")
+def planted_images(tmp_path_factory, blue_patches):
     """Folder of these images."""
-    write_images(tmp_path / "images", blue_patches)
-    return tmp_path / "images"
+    folder = tmp_path_factory.mktemp("planted") / "images"
+    write_images(folder, blue_patches)
+    return folder
