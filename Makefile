@@ -23,14 +23,16 @@ $(READY): pyproject.toml constraints.txt
 
 install: $(READY) ## create the environment
 
-demo: $(READY) ## train on digits with and without registers, evaluate, save, load back, draw attention
+demo: $(READY) ## train on digits with and without registers, save, load back, draw attention, report artifacts
 	$(ONE_THREAD) $(LAUNCH) examples/train_image_classification.py --output_dir $(DEMO)
 	$(ONE_THREAD) $(LAUNCH) examples/train_image_classification.py --output_dir $(DEMO)-plain --num_register_tokens 0
 	$(ONE_THREAD) $(BIN)/python examples/inference.py --model_dir $(DEMO) --compare_with $(DEMO)-plain
+	$(ONE_THREAD) $(BIN)/python examples/artifacts.py --model_dir $(DEMO) --compare_with $(DEMO)-plain
 	@echo "with registers:    $$(grep -m1 '"accuracy"' $(DEMO)/results.json) in $(DEMO)"
 	@echo "without registers: $$(grep -m1 '"accuracy"' $(DEMO)-plain/results.json) in $(DEMO)-plain"
 	@echo "model card:        $(DEMO)/README.md"
 	@echo "pictures:          $(DEMO)/training_curve.png $(DEMO)/attention.png"
+	@echo "artifact reports:  $(DEMO)/artifacts/report.html $(DEMO)/comparison/report.html"
 
 test: $(READY) ## run the tests of this package
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadscope

@@ -82,18 +82,18 @@ POST_NORM = {  # where the two norms of a block are
 }
 
 
+ANY_SIZE = ("vitreg", "dinov2", "dinov2_with_registers", "dinov3_vit")  # the others are told to resize positions
+
+
 def own_outputs(model, pixels):
-    """What the vision tower returns when it is asked for everything, with eager attention."""
-    tower = getattr(model, "vision_model", model.base_model)
+    """What the model without its head returns when it is asked for everything, with eager attention."""
+    tower = anatomy_of(model).backbone
     model.set_attn_implementation("eager")
-    resize = {} if tower.config.model_type in ("vitreg", "dinov2", "dinov2_with_registers", "dinov3_vit") else RESIZE
+    resize = {} if tower.config.model_type in ANY_SIZE else {"interpolate_pos_encoding": True}
     with torch.no_grad():
         outputs = tower(pixels, output_attentions=True, output_hidden_states=True, **resize)
     model.set_attn_implementation("sdpa")
     return outputs
-
-
-RESIZE = {"interpolate_pos_encoding": True}
 
 
 def close(actual, expected):
@@ -126,7 +126,7 @@ def test_a_vision_model_of_transformers(family):
         close(ours, own)
     for own, ours in zip(outputs.hidden_states[:-1], recorded.hidden[:-1], strict=True):
         close(ours, own)
-    close(normed(subject, recorded.hidden[-1]), final_tokens(subject, outputs))
+    close(normed(subject, recorded.hidden[-1]), outputs.last_hidden_state)
     assert_updates_add_up(recorded)
 
     layout = subject.layout
@@ -134,12 +134,6 @@ def test_a_vision_model_of_transformers(family):
     assert (layout.num_prefix, layout.num_cls) == (len(names), sum("register" not in name for name in names))
     assert recorded.hidden[0].shape == (2, len(names) + 24, 32)
     assert embedded_patches(subject, recorded, subject.grid(pixels)).shape == (2, 4, 6, 32)
-
-
-def final_tokens(subject, outputs):
-    if subject.anatomy.family == "siglip_vision_model" or hasattr(outputs, "last_hidden_state"):
-        return outputs.last_hidden_state
-    return subject.anatomy.backbone.layernorm(outputs.hidden_states[-1])  # what a classifier returns is not normed
 
 
 @pytest.mark.parametrize("family", ["ViTReg", "Dinov2", "CLIP vision", "SigLIP vision"])
@@ -161,7 +155,8 @@ def test_a_classifier_and_its_backbone_are_described_alike():
     alone, inside = anatomy_of(model.base_model), anatomy_of(model)
     assert alone.backbone is inside.backbone is model.base_model
     assert alone.blocks == inside.blocks
-    assert anatomy_of(FAMILIES["CLIP"][0]()).family == "clip_vision_model"
+    both = FAMILIES["CLIP"][0]()
+    assert anatomy_of(both).backbone is both.vision_model
 
 
 # timm
@@ -170,8 +165,8 @@ def test_a_classifier_and_its_backbone_are_described_alike():
 def timm_model(name, patch=16):
     timm = pytest.importorskip("timm")
     model = timm.create_model(name, depth=2, img_size=(2 * patch, 3 * patch)).eval()
-    for block in model.blocks:  # larger weights, so that a wrong map shows
-        block.attn.qkv.weight.data.normal_(0, 0.1)
+    for block in model.blocks:  # logits of about 1, so that a wrong map shows
+        block.attn.qkv.weight.data.normal_(0, block.attn.qkv.in_features**-0.5)
     return model
 
 

@@ -39,25 +39,29 @@ def lead(results: dict[str, Any]) -> str:
     """The finding in one paragraph."""
     found, model = results["outliers"], results["model"]
     registers = f"{model['registers']} registers" if model["registers"] != 1 else "1 register"
-    share, groups = interval(found["share"], factor=100), found["two_groups"]
-    apart = number(groups["high_mode"] / groups["low_mode"] if groups["low_mode"] else None)
+    share, groups = interval(found["share"], factor=100, unit="%"), found["two_groups"]
+    p_value = number(groups["p_value"])
     if groups["found"]:
         verdict = (
-            f"Artifacts: yes. Norms fall into two groups, {apart}-fold apart (dip test p = "
-            f"{number(groups['p_value'])}), and {share} % of an image's patches are above the cutoff."
+            f"Artifacts: yes. Norms fall into two groups, {_apart(groups)} (dip test p = {p_value}), and {share} of "
+            "an image's patches are above the cutoff."
         )
     else:
         verdict = (
-            f"Artifacts: none found. Norms do not fall into two groups at least three-fold apart (the best two are "
-            f"{apart}-fold apart, dip test p = {number(groups['p_value'])}); {share} % of an image's patches are "
-            "above "
-            "the cutoff, which a model without artifacts can have too."
+            "Artifacts: none found. Norms do not fall into two groups at least three-fold apart (the best split: "
+            f"{_apart(groups)}, dip test p = {p_value}); {share} of an image's patches are above the cutoff, which "
+            "patches of a model without artifacts can be too."
         )
     return (
         f"{model['name']} ({model['family']}, {model['layers']} layers, {registers}) on "
         f"{results['images']['measured']} "
         f"images of {results['images']['grid'][0]} x {results['images']['grid'][1]} patches. {verdict}"
     )
+
+
+def _apart(groups: dict[str, Any]) -> str:
+    known = groups["high_share"] > 0 and groups["high_mode"] is not None
+    return f"{number(groups['high_mode'] / groups['low_mode'])}-fold apart" if known else "all in one group"
 
 
 def sections(results: dict[str, Any], folder: Path) -> list[Section]:
@@ -177,7 +181,7 @@ def _global_table(scores: dict[str, Any]) -> Table:
     for kind in ("CLS", "normal", "outlier", "register"):
         row = scores.get(kind)
         if row is not None:
-            spread = "" if row["std"] != row["std"] else f" ± {number(100 * row['std'], 2)}"
+            spread = f" ± {number(100 * row['std'], 2)}" if len(row["accuracies"]) > 1 else ""
             counts = f"{row['train_images']} / {row['test_images']} / {row['images_without']}"
             rows.append((kind, f"{number(100 * row['accuracy'])}{spread}", counts))
     caption = (
@@ -199,7 +203,7 @@ def _attention_text(results: dict[str, Any]) -> list[str]:
     text = []
     if results["model"]["registers"] and results["model"]["cls_tokens"]:
         text.append(
-            f"In the last layer CLS spends {interval(attention['cls_on_registers'], factor=100)} % of its "
+            f"In the last layer CLS spends {interval(attention['cls_on_registers'], factor=100, unit='%')} of its "
             "attention on "
             "registers (mean of heads): the part of its input that no map over patches shows."
         )

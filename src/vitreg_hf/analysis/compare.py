@@ -82,10 +82,6 @@ def compare(
 
 
 def _distinct(names: list[str]) -> list[str]:
-    """Two names that differ: the last parts of paths where these do."""
-    last = [Path(name).name or name for name in names]
-    if last[0] != last[1]:
-        return last
     return names if names[0] != names[1] else [f"{names[0]} (first)", f"{names[1]} (second)"]
 
 
@@ -122,11 +118,11 @@ def lead(results: dict[str, Any]) -> str:
     """What differs and what does not, in one paragraph."""
     rows, (first, second) = results["differences"], results["models"]
     told = [
-        f"{row['name']} ({interval(row['difference'])} {row['unit']})"
+        f"{row['name']}: {interval(row['difference'], unit=row['unit'])}"
         for row in rows
         if row["differs"] and row["difference"]["n"]
     ]
-    same = [row["name"] for row in rows if not row["differs"]]
+    same = [row["name"] for row in rows if not row["differs"] and row["difference"]["n"]]
     count = results["images"]["measured"]
     found = (
         f"{second} differs from {first} in: {'; '.join(told)}." if told else f"{first} and {second}: no difference."

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -80,17 +81,23 @@ def load_vision(name: str, device: str | None = None) -> Subject:
         processor = AutoImageProcessor.from_pretrained(name)
     except OSError as error:
         raise ValueError(f"Expected an image processor beside the model {name!r}, got none: {error}") from error
-    return subject_of(model, processor, name, device)
+    return subject_of(model, processor, _short(name), device)
 
 
 def load_text(name: str, device: str | None = None) -> Subject:
     """Load a text model, without its head, and its tokenizer, by folder or Hub id."""
     from transformers import AutoModel, AutoTokenizer
 
-    subject = subject_of(AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name), name, device)
+    model, tokenizer = AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    subject = subject_of(model, tokenizer, _short(name), device)
     if subject.anatomy.layout is not None:
         raise ValueError(f"Expected a text model, got {name!r} of the vision family {subject.anatomy.family!r}")
     return subject
+
+
+def _short(name: str) -> str:
+    """What reports call a model: its Hub id, or the last part of its folder."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def subject_of(

@@ -77,11 +77,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}g}"
 
 
-def interval(value: dict[str, Any], digits: int = 3, factor: float = 1) -> str:
-    """A mean with its 95 % interval and n, from the dict of an `Interval`."""
+def interval(value: dict[str, Any], digits: int = 3, factor: float = 1, unit: str = "") -> str:
+    """A mean with its 95 % interval and n, from the dict of an `Interval`; a unit stands behind the mean."""
     if value["n"] == 0 or value["mean"] is None or not math.isfinite(value["mean"]):
         return "- (n = 0)"
-    mean = number(factor * value["mean"], digits)
+    mean = number(factor * value["mean"], digits) + (f" {unit}" if unit else "")
     if value["low"] is None:
         return f"{mean} (n = {value['n']})"
     low, high = number(factor * value["low"], digits), number(factor * value["high"], digits)
