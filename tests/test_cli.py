@@ -18,7 +18,7 @@ OPTIONS = {
     "analyze": {"model", "images", "--no-probes", "--pictured"} | PASS | RULE,
     "compare": {"first", "second", "images", "--pictured"} | PASS | RULE,
     "probe": {"model", "images", "--draws"} | PASS | RULE,
-    "discover": {"model", "annotations", "--split", "--no-hard", "--coco20k", "--no-sweep", "--image-size"},
+    "discover": {"model", "annotations", "--split", "--no-hard", "--coco20k", "--no-sweep", "--resolution"},
     "ablate": {"model", "images", "--tokens", "--modes"} | PASS | RULE,
     "sinks": {"model", "--texts", "--batch-size", "--max-length"},
     "dataset": {"name", "--config", "--split", "--image-column", "--label-column", "--at-most"},

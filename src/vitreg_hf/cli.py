@@ -67,7 +67,13 @@ def parser() -> argparse.ArgumentParser:
     discover.add_argument("--no-hard", action="store_true", help="leave difficult and truncated objects of VOC out")
     discover.add_argument("--coco20k", type=Path, metavar="LIST", help="file with the names of COCO20k; not VOC then")
     discover.add_argument("--no-sweep", action="store_true", help="the authors' default alone")
-    discover.add_argument("--image-size", choices=("original", "processor"), default="original", help="see the docs")
+    discover.add_argument(
+        "--resolution",
+        choices=("original", "processor"),
+        default="original",
+        help="size of images: their own, as LOST has it (default), or that of the image processor, for models that take "
+        "no other",
+    )
 
     ablate = _command(commands, "ablate", _ablate, "replace registers, outliers or sinks, and see what is lost")
     ablate.add_argument("model", help="folder or Hub id of a vision model")
@@ -159,7 +165,7 @@ def _discover(options: argparse.Namespace) -> None:
         annotated = read_coco20k(options.annotations, options.coco20k)
     else:
         annotated = read_voc(options.annotations, options.split, include_hard=not options.no_hard)
-    sweep, size = not options.no_sweep, options.image_size
+    sweep, size = not options.no_sweep, options.resolution
     results = discover(options.model, annotated, options.output, sweep=sweep, image_size=size)
     for name in ("default", "best_on_the_same_images"):
         score = results[name]

@@ -97,7 +97,7 @@ def load_text(name: str, device: str | None = None) -> Subject:
 
 def _short(name: str) -> str:
     """What reports call a model: its Hub id, or the last part of its folder."""
-    return Path(name).resolve().name if Path(name).is_dir() else name
+    return Path(name).absolute().name if Path(name).is_dir() else name
 
 
 def subject_of(

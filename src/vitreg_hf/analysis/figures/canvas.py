@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import AutoLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
 _DOTS_PER_INCH = 150
+_DECADES_WITHOUT_STEPS = 3
 _GRID_LINES_UP_TO = 16  # patches per side: more lines would hide the map
 
 
@@ -29,6 +32,26 @@ def save(figure: Figure, path: Path) -> None:
     unfinished = path.with_name(f".{path.name}.unfinished")
     figure.savefig(unfinished, format="png", dpi=_DOTS_PER_INCH)
     os.replace(unfinished, path)
+
+
+def plain_ticks(axis: Axis) -> None:
+    """Plain numbers on a logarithmic axis that has its data: powers of ten, 2 and 5 between, even steps if short."""
+    low, high = axis.get_view_interval()
+    decades = float(np.log10(high / low))
+    steps = LogLocator(subs=(1, 2, 5) if decades < _DECADES_WITHOUT_STEPS else (1,))
+    axis.set_major_locator(AutoLocator() if decades < 1 else steps)
+    axis.set_major_formatter(FuncFormatter(_plain))
+    axis.set_minor_locator(NullLocator() if decades < 1 else LogLocator(subs=range(2, 10)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _plain(value: float, _: Any) -> str:
+    return f"{value:,.0f}" if 1_000 <= abs(value) < 1e7 else f"{value:g}"
+
+
+def colour_bar(figure: Figure, drawn: Any, axes: Any, label: str) -> None:
+    """A colour bar as tall as its panels and no wider for it."""
+    figure.colorbar(drawn, ax=axes, label=label, aspect=20 * max(1.0, np.shape(axes)[0] / 1.5))
 
 
 def draw_image(axes: Axes, image: NDArray[np.uint8], caption: str = "") -> None:
