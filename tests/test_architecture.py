@@ -115,6 +115,29 @@ def test_only_the_token_layout_slices_tokens():
     assert slicing - {"model/position_embedding.py"} == {"model/token_layout.py"}
 
 
+PURE = {"token_norms", "attention", "features", "probes", "sinks", "channels", "token_kinds", "object_discovery"}
+PURE |= {"intervals", "paper_datasets", "units"}
+
+
+@pytest.mark.parametrize("name", sorted(PURE))
+def test_statistics_are_functions_of_tensors_alone(name):
+    """They know no model, no file and no picture, only one another and the order of tokens."""
+    allowed = {f"vitreg_hf.analysis.{other}" for other in PURE} | {"vitreg_hf.model.token_layout"}
+    ours = {m for m, _ in imports_of(PACKAGE / "analysis" / f"{name}.py") if m.startswith("vitreg_hf")}
+    assert ours <= allowed
+
+
+def test_only_the_recorder_hooks_models():
+    hooking = {named(p) for p in FILES if "register_forward" in p.read_text()}
+    assert hooking == {"analysis/recorder.py"}
+
+
+def test_only_the_table_of_foreign_models_names_them():
+    """Model types of other projects stand in one file, those of text models and of vision models alike."""
+    types = r"\"(dinov2|dinov2_with_registers|dinov3_vit|siglip_vision_model|clip_vision_model|distilbert|mistral)\""
+    assert {named(p) for p in FILES if re.search(types, p.read_text())} == {"analysis/foreign.py"}
+
+
 def test_only_figures_know_matplotlib():
     users = {named(p) for p in FILES for module, _ in imports_of(p) if module.startswith("matplotlib")}
     assert {user.rsplit("/", 1)[0] for user in users} == {"analysis/figures"}

@@ -71,8 +71,7 @@ def parser() -> argparse.ArgumentParser:
         "--resolution",
         choices=("original", "processor"),
         default="original",
-        help="size of images: their own, as LOST has it (default), or that of the image processor, for models that take "
-        "no other",
+        help="their own size, as LOST has it (default), or that of the image processor, for models that take no other",
     )
 
     ablate = _command(commands, "ablate", _ablate, "replace registers, outliers or sinks, and see what is lost")

@@ -17,6 +17,8 @@ from torch import Tensor
 from vitreg_hf.analysis.sinks import RunningMean, head_norms, real_attention
 from vitreg_hf.analysis.token_kinds import real_tokens
 
+MASSIVE_ABSOLUTE, MASSIVE_RATIO = 100.0, 1000.0  # the rules of arXiv 2402.17762
+
 
 def _real_values(x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Activations `(B, N, D)`, at least float32, 0 at padding, and the mask of real tokens; ValueError if wrong."""
@@ -164,8 +166,8 @@ class MassiveActivations:
 def massive_activations(
     x: Tensor,
     token_mask: Tensor | None = None,
-    absolute: float = 100.0,
-    ratio: float = 1000.0,
+    absolute: float = MASSIVE_ABSOLUTE,
+    ratio: float = MASSIVE_RATIO,
     limit: int = 100,
 ) -> MassiveActivations:
     """Find activations that are huge by themselves and next to all others of their hidden state.

@@ -22,7 +22,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vitreg_hf.analysis.attention import mass_by_kind
-from vitreg_hf.analysis.channels import infinity_norm, kurtosis, massive_activations, sigma_outliers
+from vitreg_hf.analysis.channels import (
+    MASSIVE_ABSOLUTE,
+    MASSIVE_RATIO,
+    infinity_norm,
+    kurtosis,
+    massive_activations,
+    sigma_outliers,
+)
 from vitreg_hf.analysis.extract import Subject, embedded_patches, read
 from vitreg_hf.analysis.images import ImageFiles, open_upright, preprocess
 from vitreg_hf.analysis.recorder import AttentionCall, Readers
@@ -117,19 +124,26 @@ def _channels(state: Tensor) -> dict[str, Tensor]:
         "infinity_norm": infinity_norm(state),
         "kurtosis": kurtosis(state).float(),
         "sigma_outliers": sigma_outliers(state).sum(dim=(1, 2)),
-        "massive": _massive(state, absolute=100.0),
-        "relatively_massive": _massive(state, absolute=0.0),
+        **_massive(state),
         "peak": peak,
     }
 
 
-def _massive(state: Tensor, absolute: float) -> Tensor:
-    """How many massive activations each image has, `(B,)`; none where half of all values are 0."""
-    return torch.tensor([_count_massive(one[None], absolute) for one in state])
+def _massive(state: Tensor) -> dict[str, Tensor]:
+    """How many massive activations each image has, `(B,)`, by both rules and by the relative one alone.
 
+    None where half of all values are 0; counted only where the largest value is large enough, which is seldom.
+    """
+    magnitudes = state.abs().flatten(1)
+    medians, highest = magnitudes.median(dim=1).values, magnitudes.amax(dim=1)
+    possible = ((medians > 0) & (highest >= MASSIVE_RATIO * medians)).tolist()
 
-def _count_massive(state: Tensor, absolute: float) -> int:
-    return massive_activations(state, absolute=absolute, limit=1).total if bool(state.median() != 0) else 0
+    def count(absolute: float) -> Tensor:
+        images = zip(state, possible, strict=True)
+        found = [massive_activations(one[None], absolute=absolute, limit=1).total if can else 0 for one, can in images]
+        return torch.tensor(found)
+
+    return {"massive": count(MASSIVE_ABSOLUTE), "relatively_massive": count(0.0)}
 
 
 def _received(call: AttentionCall) -> Tensor:

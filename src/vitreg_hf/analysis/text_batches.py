@@ -26,7 +26,7 @@ KINDS = ("[CLS]", "[SEP]", "first token", "punctuation", "newline", "other")  # 
 RESTING = [kind for kind in TextKind if kind not in (TextKind.OTHER, TextKind.PADDING)]
 SINKS = ("first token", "[CLS]", "[SEP]")
 EPSILON = sinks.EPSILON
-MASSIVE = (100.0, 1000.0)  # magnitude, and magnitude over the median one (arXiv 2402.17762)
+MASSIVE = (channels.MASSIVE_ABSOLUTE, channels.MASSIVE_RATIO)
 
 
 # Texts as tokens

@@ -5,6 +5,7 @@ No picture touches matplotlib's global state. Shapes: H x W pixels, rows x colum
 """
 
 import os
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,12 @@ def save(figure: Figure, path: Path) -> None:
     unfinished = path.with_name(f".{path.name}.unfinished")
     figure.savefig(unfinished, format="png", dpi=_DOTS_PER_INCH)
     os.replace(unfinished, path)
+
+
+def fitted(text: str, inches: float, size: float = 12) -> str:
+    """Text of a font size in points in lines that a width in inches holds, so that no title is cut off."""
+    per_line = max(12, int(inches * 72 / (0.56 * size)))  # a letter is a little over half as wide as its size
+    return "\n".join(part for line in text.split("\n") for part in textwrap.wrap(line, per_line))
 
 
 def plain_ticks(axis: Axis) -> None:

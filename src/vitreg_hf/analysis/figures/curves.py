@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from vitreg_hf.analysis.figures.canvas import new_figure, save
+from vitreg_hf.analysis.figures.canvas import fitted, new_figure, plain_ticks, save
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:gray")
 _NORM = "L2 norm of patch tokens before the final norm"
@@ -24,7 +24,7 @@ def norm_histogram(norms: Mapping[str, NDArray[Any]], cutoffs: Mapping[str, floa
     """Distribution of patch norms of one layer per model, counts on a logarithmic axis (Fig. 3 of the paper)."""
     figure = new_figure(7.5, 4.2)
     axes = figure.subplots()
-    highest = max(float(values.max()) for values in norms.values())
+    highest = max(*(float(values.max()) for values in norms.values()), *cutoffs.values())
     lowest = min(float(values.min()) for values in norms.values())
     edges = np.linspace(min(0.0, lowest), highest * 1.02, 80)
     for (name, values), colour in zip(norms.items(), COLOURS):
@@ -34,7 +34,9 @@ def norm_histogram(norms: Mapping[str, NDArray[Any]], cutoffs: Mapping[str, floa
             values, bins=list(edges), weights=shares, histtype="stepfilled", alpha=0.35, color=colour, label=label
         )
         axes.axvline(cutoffs[name], color=colour, linestyle="--", label=f"cutoff of {name}: {cutoffs[name]:.3g}")
-    axes.set(yscale="log", xlabel=_NORM, ylabel="share of patches (%), log scale", title=title)
+    axes.set(yscale="log", xlabel=_NORM, ylabel="share of patches (%), log scale", title=fitted(title, 7))
+    axes.set_xlim(left=edges[0])
+    plain_ticks(axes.yaxis)
     axes.legend(fontsize=8)
     save(figure, path)
 
@@ -52,16 +54,28 @@ def layer_curves(layers: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, 
         share.plot(places, [100 * state["outlier_share"] for state in states], "o-", ms=3, color=colour, label=name)
     norm.set(yscale="log", ylabel="L2 norm of patch tokens, log scale", title="Norms")
     share.set(ylabel="patches above the cutoff (%)", title="Outliers (cutoff of the layer that decides)")
+    share.set_ylim(-0.03 * (top := _room_above(share)), top)
+    plain_ticks(norm.yaxis)
     for axes in (norm, share):
         _over_layers(axes)
-        axes.legend(fontsize=7)
-    figure.suptitle(title)
+        axes.legend(fontsize=8)
+    figure.suptitle(fitted(title, 10))
     save(figure, path)
+
+
+def _whole_numbers() -> MaxNLocator:
+    return MaxNLocator(integer=True, min_n_ticks=1)  # one layer has one tick
+
+
+def _room_above(axes: Axes) -> float:
+    """Upper end of an axis of percentages; 1 % if all are zero."""
+    largest = max(float(np.max(line.get_ydata())) for line in axes.get_lines())
+    return 1.08 * largest if largest > 0 else 1.0
 
 
 def _over_layers(axes: Axes) -> None:
     axes.set_xlabel("after layer (0: what the first layer gets)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(_whole_numbers())
     axes.grid(alpha=0.3)
 
 
@@ -69,12 +83,17 @@ def similarity_density(outlier: NDArray[Any], normal: NDArray[Any], path: Path, 
     """How much patches resemble their neighbours right after patch embedding, by what becomes of them (Fig. 5a)."""
     figure = new_figure(7.5, 4.2)
     axes = figure.subplots()
-    edges = list(np.linspace(min(-0.1, float(normal.min())), 1, 61))
+    edges = np.linspace(min(-0.1, *(float(values.min()) for values in (normal, outlier) if len(values))), 1, 61)
     for values, name, colour in ((normal, "normal", COLOURS[0]), (outlier, "outlier", COLOURS[3])):
+        label = f"{name} in the output, {len(values):,} patches"
         if len(values):
-            label = f"{name} in the output, {len(values):,} patches"
-            axes.hist(values, bins=edges, density=True, histtype="stepfilled", alpha=0.4, color=colour, label=label)
-    axes.set(xlabel="mean cosine similarity to the 4 neighbours, before positions", ylabel="density", title=title)
+            # Rounding may bring the cosine of equal patches just above 1, where no bin is.
+            shown, bins = np.minimum(values, 1), list(edges)
+            axes.hist(shown, bins=bins, density=True, histtype="stepfilled", alpha=0.4, color=colour, label=label)
+        else:
+            axes.plot([], [], color=colour, label=label)
+    axes.set(xlabel="mean cosine similarity to the 4 neighbours, before positions", ylabel="density")
+    axes.set_title(fitted(title, 7))
     axes.legend(fontsize=8)
     save(figure, path)
 
@@ -91,15 +110,15 @@ def mass_curve(cls_mass: Sequence[Sequence[float]], name: str, path: Path, *, ti
         if part.any():
             axes.bar(places, part, bottom=bottom, color=colour, label=f"on {label}", width=0.9)
         bottom = bottom + part
-    axes.set(ylabel=f"attention of {name} (%), mean of heads", title=title, ylim=(0, 100), xlabel="layer")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(fontsize=8, loc="lower right")
+    axes.set(ylabel=f"attention of {name} (%), mean of heads", title=fitted(title, 7), ylim=(0, 100), xlabel="layer")
+    axes.xaxis.set_major_locator(_whole_numbers())
+    figure.legend(fontsize=9, loc="outside right upper", reverse=True)  # as the bars are stacked
     save(figure, path)
 
 
 def sink_curves(tokens: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
     """How much attention tokens get in every layer, against an even share, and in how many heads they are sinks."""
-    figure = new_figure(10, 4.2)
+    figure = new_figure(11.5, 4.2)
     times, score = figure.subplots(1, 2)
     for row, colour in zip(tokens, COLOURS):
         places = range(1, len(row["score"]) + 1)
@@ -108,36 +127,41 @@ def sink_curves(tokens: Sequence[Mapping[str, Any]], path: Path, *, title: str) 
             places, [100 * value for value in row["score"]], "o-", markersize=3, color=colour, label=row["name"]
         )
     times.axhline(1, color="black", linewidth=0.8)
-    times.set(
-        ylabel="attention received / even share", title="Attention received, mean of heads (1: even)", yscale="log"
-    )
-    score.set(ylabel="heads (%)", title="Heads in which it gets more than 0.3 of all attention", ylim=(-3, 103))
+    times.set_title("Attention received, mean of heads", fontsize=11)
+    times.set(ylabel="times an even share (line: 1), log scale", yscale="log")
+    plain_ticks(times.yaxis)
+    score.set_title("Heads in which it gets over 0.3 of all attention", fontsize=11)
+    score.set(ylabel="heads (%)", ylim=(-3, 103))
     for axes in (times, score):
         axes.set_xlabel("layer")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(_whole_numbers())
         axes.grid(alpha=0.3)
-    times.legend(fontsize=7)
-    figure.suptitle(title)
+    figure.legend(*times.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
+    figure.suptitle(fitted(title, 10))
     save(figure, path)
 
 
 def channel_curves(layers: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, *, title: str) -> None:
     """Largest value, kurtosis, and values beyond six standard deviations of the residual stream after every layer."""
-    figure = new_figure(12, 3.9)
+    figure = new_figure(12, 4.2)
     drawn = (
-        ("infinity_norm", "largest magnitude, mean over images", "log"),
-        ("kurtosis", "kurtosis (a Gaussian has 3)", "log"),
-        ("sigma_outliers", "values beyond 6 standard deviations, per image", "symlog"),
+        ("infinity_norm", "Largest magnitude", "mean over images, log scale", "log"),
+        ("kurtosis", "Kurtosis (a Gaussian has 3)", "kurtosis, log scale", "log"),
+        ("sigma_outliers", "Beyond 6 standard deviations", "values per image", "linear"),
     )
-    for axes, (key, label, scale) in zip(figure.subplots(1, 3), drawn, strict=True):
+    for axes, (key, heading, label, scale) in zip(figure.subplots(1, 3), drawn, strict=True):
         for (name, states), colour in zip(layers.items(), COLOURS):
-            places, values = [s["layer"] for s in states], [s[key] for s in states]
-            known = [(place, value) for place, value in zip(places, values) if value is not None]
-            axes.plot(*zip(*known), "o-", markersize=3, color=colour, label=name)
-        axes.set(ylabel=label, yscale=scale)
+            places = [state["layer"] for state in states]
+            values = [np.nan if state[key] is None else state[key] for state in states]  # not drawn
+            axes.plot(places, values, "o-", markersize=3, color=colour, label=name)
+        axes.set(title=heading, ylabel=label, yscale=scale)
+        if scale == "log":
+            plain_ticks(axes.yaxis)
+        else:
+            axes.set_ylim(bottom=0)
         _over_layers(axes)
     axes.legend(fontsize=8)
-    figure.suptitle(title)
+    figure.suptitle(fitted(title, 12))
     save(figure, path)
 
 
@@ -153,7 +177,6 @@ def differences(rows: Sequence[Mapping[str, Any]], first: str, second: str, path
         width = max(abs(low), abs(high), 1e-12) * 1.25
         axes.set(xlim=(-width, width), yticks=[0], yticklabels=[f"{row['name']} ({row['unit']})"], ylim=(-1, 1))
         axes.tick_params(labelsize=8)
-    figure.suptitle(
-        f"{title}\n{second} minus {first}, mean and 95 % interval; red: the interval excludes 0", fontsize=10
-    )
+    heading = f"{title}\n{second} minus {first}, mean and 95 % interval; red: the interval excludes 0"
+    figure.suptitle(fitted(heading, 8.5, 10), fontsize=10)
     save(figure, path)

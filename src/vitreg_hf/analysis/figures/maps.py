@@ -13,7 +13,7 @@ from matplotlib.colors import ListedColormap
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitreg_hf.analysis.figures.canvas import draw_image, draw_map, new_figure, save
+from vitreg_hf.analysis.figures.canvas import colour_bar, draw_image, draw_map, fitted, new_figure, save
 
 _MARK = ListedColormap(["none", "red"])
 
@@ -55,15 +55,16 @@ def attention_figure(
         draw_image(grid[row, 0], image, captions[row])
         for column in range(1, columns):
             shown = values[row, column - 1]
-            drawn = draw_map(grid[row, column], shown, image.shape[:2], values.max())
+            drawn = draw_map(grid[row, column], shown, image.shape[:2], values.max() or 1.0)
             grid[row, column].set_title(f"{100 * shown.sum():.0f} % on patches", fontsize=8)
     for axes, name in zip(grid[0], ["input", *token_names], strict=True):
         axes.set_title(name if name == "input" else f"{name}\n{axes.get_title()}", fontsize=10)
-    figure.colorbar(drawn, ax=grid[:, 1:], label="attention to a patch (probability, mean of heads)")
-    figure.suptitle(
+    colour_bar(figure, drawn, grid[:, 1:], "attention to a patch (probability, mean of heads)")
+    heading = (
         f"{title}\n% on patches: share of a token's attention on patches, the rest is on CLS and registers; "
-        f"equal attention to all tokens of this model would be {equal_share:.3f} each"
+        f"equal attention to all tokens of this model would be {equal_share:.3g} each"
     )
+    figure.suptitle(fitted(heading, figure.get_figwidth()))
     save(figure, path)
 
 
@@ -85,15 +86,15 @@ def norm_maps(
     for row, (image, norm) in enumerate(zip(images, norms, strict=True)):
         size = image.shape[:2]
         draw_image(grid[row, 0], image, captions[row])
-        drawn = draw_map(grid[row, 1], norm, size, highest=float(norms.max()), colours="inferno")
+        drawn = draw_map(grid[row, 1], norm, size, highest=float(norms.max()) or 1.0, colours="inferno")
         draw_image(grid[row, 2], np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2).astype(np.uint8))
         marked = np.ma.masked_array(np.ones(norm.shape), mask=norm <= cutoff)
         grid[row, 2].imshow(marked, extent=(0, size[1], size[0], 0), cmap=_MARK, vmin=0, vmax=1, alpha=0.75)
         grid[row, 2].set_title(f"{(norm > cutoff).sum()} of {norm.size} patches", fontsize=8)
     for axes, name in zip(grid[0], ("input", "norm of each patch", "above the cutoff"), strict=True):
         axes.set_title(f"{name}\n{axes.get_title()}".strip(), fontsize=10)
-    figure.colorbar(drawn, ax=grid[:, 1], label="L2 norm before the final norm", shrink=min(1.0, 3 / len(images)))
-    figure.suptitle(title)
+    colour_bar(figure, drawn, grid[:, 1], "L2 norm before the final norm")
+    figure.suptitle(fitted(title, figure.get_figwidth()))
     save(figure, path)
 
 
@@ -120,7 +121,7 @@ def map_sheet(
     """
     figure = new_figure(1.9 * (len(columns) + 1) + 1.4, 1.95 * len(images) + 1.2)
     grid = figure.subplots(len(images), len(columns) + 1, squeeze=False)
-    highest = max(float(maps.max()) for _, maps, _ in columns if maps.ndim == 3)
+    highest = max((float(maps.max()) for _, maps, _ in columns if maps.ndim == 3), default=0.0) or 1.0
     low, high = (0.0, highest) if limits is None else limits
     drawn: Any = None
     for row, image in enumerate(images):
@@ -132,8 +133,9 @@ def map_sheet(
                 drawn = draw_map(axes, maps[row], image.shape[:2], highest=high, lowest=low, colours=colours)
     for axes, name in zip(grid[0], ["input", *(name for name, _, _ in columns)], strict=True):
         axes.set_title(name, fontsize=9)
-    figure.colorbar(drawn, ax=grid[:, 1:], label=label)
-    figure.suptitle(title)
+    if drawn is not None:  # colour pictures need no bar
+        colour_bar(figure, drawn, grid[:, 1:], label)
+    figure.suptitle(fitted(title, figure.get_figwidth()))
     save(figure, path)
 
 
@@ -154,5 +156,5 @@ def token_maps(maps: NDArray[Any], names: Sequence[str], path: Path, *, title: s
         drawn = draw_map(axes, values, values.shape, highest=highest)
         axes.set_title(name, fontsize=10)
     figure.colorbar(drawn, ax=grid, label=label)
-    figure.suptitle(title)
+    figure.suptitle(fitted(title, figure.get_figwidth()))
     save(figure, path)

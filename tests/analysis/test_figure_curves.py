@@ -1,0 +1,232 @@
+"""Curves and histograms: every picture is written whole, also of data with nothing in it."""
+
+import matplotlib
+import numpy as np
+import PIL.Image
+import pytest
+from matplotlib.figure import Figure
+
+from vitreg_hf.analysis.figures import canvas, curves
+from vitreg_hf.analysis.figures.canvas import fitted, new_figure, plain_ticks
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """Path of a picture, and what is true of all pictures: nothing else is written, no global state changes."""
+    before, figures = dict(matplotlib.rcParams), []
+    created = Figure.__init__
+
+    def keep(self, *arguments, **options):
+        created(self, *arguments, **options)
+        figures.append(self)
+
+    monkeypatch.setattr(Figure, "__init__", keep)
+    monkeypatch.setattr(canvas, "_DOTS_PER_INCH", 60)  # fast
+    path = tmp_path / "a picture.png"
+    yield path, figures
+    assert [file.name for file in tmp_path.iterdir()] == ["a picture.png"]
+    assert dict(matplotlib.rcParams) == before
+    with PIL.Image.open(path) as picture:
+        picture.load()
+        assert picture.format == "PNG"
+        assert all(100 < side < 1_600 for side in picture.size)
+        assert len(picture.convert("RGB").getcolors(1_000_000)) > 20
+    assert_nothing_is_cut_off(figures[-1])
+
+
+def assert_nothing_is_cut_off(figure):
+    figure.draw_without_rendering()  # it was saved at another resolution
+    renderer = figure.canvas.get_renderer()
+    inside = figure.bbox
+    texts = [figure._suptitle] if figure._suptitle else []
+    for axes in figure.axes:
+        texts += [axes.title, axes.xaxis.label, axes.yaxis.label]
+    for text in texts:
+        if text.get_text():
+            box = text.get_window_extent(renderer)
+            assert box.x0 >= inside.x0 - 1, text.get_text()
+            assert box.x1 <= inside.x1 + 1, text.get_text()
+            assert box.y0 >= inside.y0 - 1, text.get_text()
+            assert box.y1 <= inside.y1 + 1, text.get_text()
+
+
+def labels_of(axis):
+    return [label.get_text() for label in axis.get_ticklabels() if label.get_text()]
+
+
+def legend_of(figure):
+    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
+    return [text.get_text() for legend in legends for text in legend.get_texts()]
+
+
+LONG = "facebook/dinov2-with-registers-giant-imagenet1k-1-layer, a name that is far longer than a picture is wide"
+
+# Norms
+
+
+@pytest.mark.parametrize(
+    "norms",
+    [
+        {"a": np.random.default_rng(0).lognormal(3, 0.3, 2_000)},
+        {"a": np.full(50, 5.0), "b": np.full(80, 5.0)},
+        {"a": np.array([3.0])},
+        {"a": np.zeros(10)},
+        {"a": np.concatenate([np.full(1_000, 20.0), np.full(2, 500.0)])},
+    ],
+    ids=["one group", "all equal", "one patch", "zero", "outliers"],
+)
+def test_norm_histogram(drawn, norms):
+    path, figures = drawn
+    curves.norm_histogram(norms, dict.fromkeys(norms, 40.0), path, title=LONG)
+    assert f"{next(iter(norms))}, {len(norms['a']):,} patches" in legend_of(figures[-1])
+    axes = figures[-1].axes[0]
+    assert axes.get_xlim()[0] == 0
+    assert axes.get_xlim()[1] > 40  # the cutoff is seen
+    assert not any("times" in label for label in labels_of(axes.yaxis))
+
+
+def states(count, outliers=0.0, factor=1.0, **other):
+    return [
+        {
+            "layer": layer,
+            "norm_percentile_2": factor * (10 + layer),
+            "norm_median": factor * (20 + layer),
+            "norm_percentile_98": factor * (30 + layer),
+            "norm_max": factor * (40 + layer),
+            "outlier_share": outliers,
+            "infinity_norm": factor * (7 + layer),
+            "kurtosis": 3.1,
+            "sigma_outliers": outliers,
+            **other,
+        }
+        for layer in range(count)
+    ]
+
+
+@pytest.mark.parametrize(("count", "outliers"), [(1, 0.0), (2, 0.02), (41, 0.0), (41, 1.0)])
+def test_layer_curves(drawn, count, outliers):
+    path, figures = drawn
+    curves.layer_curves({"a": states(count, outliers), LONG[:30]: states(count, outliers, 30)}, path, title=LONG)
+    share = figures[-1].axes[1]
+    assert share.get_ylim()[1] >= max(1.0, 100 * outliers) * (1 if outliers == 0 else 1.05)
+    assert -0.1 * share.get_ylim()[1] < share.get_ylim()[0] <= 0  # no percentages below zero
+    places = [float(label.replace("−", "-")) for label in labels_of(share.xaxis)]
+    assert all(place == int(place) for place in places)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "between"),
+    [(7.3, 48, {"10", "20"}), (0.95, 1.5, {"1.0", "1"}), (0.02, 600, {"0.1", "1", "10", "100"}), (5, 5, set())],
+)
+def test_log_axes_have_plain_numbers(drawn, low, high, between):
+    path, figures = drawn
+    figure = new_figure(5, 4)
+    axes = figure.subplots()
+    axes.plot([0, 1], [low, high])
+    axes.set(yscale="log", title="title")
+    plain_ticks(axes.yaxis)
+    curves.save(figure, path)
+    bottom, top = axes.get_ylim()
+    seen = [label.get_text() for label in axes.yaxis.get_ticklabels() if bottom <= label.get_position()[1] <= top]
+    assert 2 <= len(seen) <= 14
+    assert all(set(label) <= set("0123456789.,") for label in seen)
+    assert not between or between & set(seen)
+    assert len(figures) == 1
+
+
+# Other curves
+
+
+@pytest.mark.parametrize(
+    ("outlier", "normal"),
+    [
+        (np.linspace(0.8, 1, 30), np.linspace(-0.3, 1, 500)),
+        (np.empty(0), np.linspace(0, 1, 50)),
+        (np.linspace(0, 1, 50), np.empty(0)),
+        (np.full(5, -0.9), np.full(5, 1.0)),
+        (np.full(5, 0.5), np.nextafter(np.full(5, 1.0, np.float32), np.float32(2))),
+    ],
+    ids=["both", "no outlier", "all outliers", "far below", "rounded above 1"],
+)
+def test_similarity_density(drawn, outlier, normal):
+    path, figures = drawn
+    curves.similarity_density(outlier, normal, path, title=LONG)
+    assert legend_of(figures[-1]) == [
+        f"normal in the output, {len(normal):,} patches",
+        f"outlier in the output, {len(outlier):,} patches",
+    ]
+    left = figures[-1].axes[0].get_xlim()[0]
+    assert all(values.min() >= left for values in (outlier, normal) if len(values))
+
+
+@pytest.mark.parametrize(("layers", "registers"), [(1, 0.0), (3, 0.3), (40, 0.3)])
+def test_mass_curve(drawn, layers, registers):
+    path, figures = drawn
+    curves.mass_curve([[0.1, registers, 0.9 - registers]] * layers, "CLS", path, title=LONG)
+    expected = ["on patches", "on registers", "on CLS"] if registers else ["on patches", "on CLS"]
+    assert legend_of(figures[-1]) == expected
+    tops = [bar.get_y() + bar.get_height() for bar in figures[-1].axes[0].patches]
+    assert max(tops) == pytest.approx(100)
+
+
+@pytest.mark.parametrize(("layers", "times"), [(1, 1.0), (2, 1.1), (24, 300.0)])
+def test_sink_curves(drawn, layers, times):
+    path, figures = drawn
+    names = ["CLS", "register 1", "register 2", "patch that gets most"]
+    rows = [{"name": name, "times_uniform": [times] * layers, "score": [0.0] * layers} for name in names]
+    curves.sink_curves(rows, path, title=LONG)
+    assert legend_of(figures[-1]) == names
+    assert "log scale" in figures[-1].axes[0].get_ylabel()
+
+
+@pytest.mark.parametrize(
+    ("count", "missing"), [(1, {}), (7, {"sigma_outliers": None}), (2, {"kurtosis": None, "sigma_outliers": None})]
+)
+def test_channel_curves(drawn, count, missing):
+    path, figures = drawn
+    curves.channel_curves({"a": states(count, 0.2, **missing), "b": states(count)}, path, title=LONG)
+    lines = [axes.get_lines() for axes in figures[-1].axes]
+    assert [len(per_axes) for per_axes in lines] == [2, 2, 2]
+    assert figures[-1].axes[2].get_ylim()[0] == 0
+
+
+def test_a_state_without_a_number_is_a_gap(drawn):
+    path, figures = drawn
+    some = states(4)
+    some[1]["kurtosis"] = None
+    curves.channel_curves({"a": some}, path, title="title")
+    assert np.isnan(figures[-1].axes[1].get_lines()[0].get_ydata()).tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("rows", [1, 12])
+def test_differences(drawn, rows):
+    path, figures = drawn
+    planted = {"low": 0.5, "mean": 1.0, "high": 1.5}
+    none = {"low": 0.0, "mean": 0.0, "high": 0.0}
+    listed = [
+        {"name": f"quantity {n} of patches", "unit": "%", "difference": (planted, none)[n % 2], "differs": n % 2 == 0}
+        for n in range(rows)
+    ]
+    curves.differences(listed, LONG, LONG, path, title="Two models, 12 images")
+    assert len(figures[-1].axes) == rows
+    colours = [axes.get_lines()[1].get_color() for axes in figures[-1].axes]
+    assert colours == [curves.COLOURS[3] if n % 2 == 0 else curves.COLOURS[7] for n in range(rows)]
+    assert all(axes.get_xlim()[0] < 0 < axes.get_xlim()[1] for axes in figures[-1].axes)
+
+
+def test_more_models_than_colours_are_all_drawn(drawn):
+    path, figures = drawn
+    curves.channel_curves({f"model {n}": states(2) for n in range(8)}, path, title="eight")
+    assert len(legend_of(figures[-1])) == 8
+
+
+# Titles
+
+
+def test_titles_are_broken_where_the_picture_ends():
+    assert fitted("short", 7) == "short"
+    assert fitted("first\nsecond", 7) == "first\nsecond"
+    lines = fitted("word " * 60, 5).split("\n")
+    assert len(lines) > 2
+    assert max(len(line) for line in lines) <= 5 * 72 / 6
+    assert " ".join(lines) == " ".join(["word"] * 60)
