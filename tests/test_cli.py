@@ -18,10 +18,11 @@ OPTIONS = {
     "analyze": {"model", "images", "--no-probes", "--pictured"} | PASS | RULE,
     "compare": {"first", "second", "images", "--pictured"} | PASS | RULE,
     "probe": {"model", "images", "--draws"} | PASS | RULE,
-    "discover": {"model", "annotations", "--split", "--no-hard", "--coco20k", "--no-sweep", "--resolution"},
+    "discover": {"model", "annotations", "--split", "--no-hard", "--coco20k", "--no-sweep", "--resolution"}
+    | {"--feature", "--layer", "--normalize", "--bias"},
     "ablate": {"model", "images", "--tokens", "--modes"} | PASS | RULE,
     "sinks": {"model", "--texts", "--batch-size", "--max-length"},
-    "dataset": {"name", "--config", "--split", "--image-column", "--label-column", "--at-most"},
+    "dataset": {"name", "--paper", "--config", "--split", "--image-column", "--label-column", "--at-most"},
 }
 
 
@@ -81,7 +82,7 @@ def test_analyze(models, photos, tmp_path, capsys, model):
     assert "Artifacts: " in told
     assert str(output / "report.html") in told
     expected = {"norms", "norm_maps", "layers", "positions", "neighbours", "attention", "heads", "average_attention"}
-    expected |= {"cls_mass", "rollout", "components", "objects", "sinks", "channels"}
+    expected |= {"heads_of_tokens", "cls_mass", "rollout", "components", "objects", "sinks", "channels"}
     assert {file.stem for file in output.glob("*.png")} == expected
 
 
@@ -97,10 +98,12 @@ def test_compare_tells_what_differs(models, photos, tmp_path, capsys):
     command = ["compare", str(models / "classifier"), str(models / "plain"), str(photos), "--output", str(tmp_path)]
     assert main([*command, "--cutoff", "percentile", "--cutoff-value", "90"]) == 0
     rows = {row["quantity"]: row for row in read(tmp_path)["differences"]}
-    assert rows["cls_mass_on_registers"]["plain"]["mean"] == 0
-    assert rows["cls_mass_on_registers"]["differs"]
-    assert rows["cls_mass_on_registers"]["difference"]["high"] < 0
-    assert "plain differs from classifier in:" in capsys.readouterr().out
+    assert rows["mass_on_registers"]["plain"]["n"] == 0  # it has none
+    assert rows["mass_on_registers"]["differs"] is None
+    assert rows["first_token_area"]["differs"]
+    told = capsys.readouterr().out
+    assert "plain differs from classifier in: " in told
+    assert "Too few images (under 20) have: attention of the first token on registers" in told
 
 
 def test_probe(models, photos, tmp_path, capsys):
@@ -119,7 +122,8 @@ def test_ablate(models, photos, tmp_path, tokens, capsys):
     assert main([*command, "--cutoff", "percentile", "--cutoff-value", "80"]) == 0
     results = read(tmp_path)
     assert set(results["modes"]) == {"zero", "mean", "noise", "shuffle"}
-    assert "accuracy_change" in results["modes"]["zero"]["ablated"]
+    assert results["labels"] is None  # the head has other classes than the folders
+    assert "agreement" in results["modes"]["zero"]["ablated"]
     assert "zero: cosine" in capsys.readouterr().out
 
 

@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vitreg {options.command}: {error}: pip install 'vitreg_hf[analysis]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"vitreg {options.command}: interrupted; the same command goes on from here", file=sys.stderr)
+        kept = ": what was measured is kept, the same command goes on" if (options.output / "records").is_dir() else ""
+        print(f"vitreg {options.command}: interrupted{kept}", file=sys.stderr)
         return 130
     return 0
 
@@ -66,7 +67,11 @@ def parser() -> argparse.ArgumentParser:
     discover.add_argument("--split", default="trainval", help="of VOC (default: trainval)")
     discover.add_argument("--no-hard", action="store_true", help="leave difficult and truncated objects of VOC out")
     discover.add_argument("--coco20k", type=Path, metavar="LIST", help="file with the names of COCO20k; not VOC then")
-    discover.add_argument("--no-sweep", action="store_true", help="the authors' default alone")
+    discover.add_argument("--no-sweep", action="store_true", help="the setting of the next four options alone")
+    discover.add_argument("--feature", choices=("key", "query", "value"), default="key", help="default: key")
+    discover.add_argument("--layer", type=int, default=-1, help="default: -1, the last")
+    discover.add_argument("--normalize", action="store_true", help="compare by cosine rather than by dot product")
+    discover.add_argument("--bias", type=float, default=0.0, help="added to every similarity (default: 0)")
     discover.add_argument(
         "--resolution",
         choices=("original", "processor"),
@@ -89,7 +94,8 @@ def parser() -> argparse.ArgumentParser:
     sinks.add_argument("--max-length", type=int, default=64, help="tokens after which a text is cut off (default: 64)")
 
     dataset = _command(commands, "dataset", _dataset, "write a dataset to one folder per class, for the others")
-    dataset.add_argument("name", help="Hub id, or a folder or file that the datasets library reads")
+    dataset.add_argument("name", nargs="?", help="Hub id, or a folder or file that the datasets library reads")
+    dataset.add_argument("--paper", metavar="SET", help="one of the paper's sets (CF10, CUB, ...): train and test")
     dataset.add_argument("--config", help="configuration of the dataset")
     dataset.add_argument("--split", default="test", help="default: test")
     dataset.add_argument("--image-column", default="image", help="default: image")
@@ -122,7 +128,7 @@ def _add_rule(command: argparse.ArgumentParser) -> None:
 
 def _settings(options: argparse.Namespace) -> tuple[Any, Any]:
     from vitreg_hf.analysis.measure import Pass
-    from vitreg_hf.analysis.summary import OutlierRule
+    from vitreg_hf.analysis.outliers import OutlierRule
 
     how = Pass(options.batch_size, options.image_size, options.on_corrupt_image)
     return how, OutlierRule(options.cutoff, options.cutoff_value, options.layer)
@@ -158,6 +164,7 @@ def _probe(options: argparse.Namespace) -> None:
 
 def _discover(options: argparse.Namespace) -> None:
     from vitreg_hf.analysis.annotations import read_coco20k, read_voc
+    from vitreg_hf.analysis.object_discovery import LostSettings
     from vitreg_hf.analysis.studies import discover
 
     if options.coco20k is not None:
@@ -165,7 +172,8 @@ def _discover(options: argparse.Namespace) -> None:
     else:
         annotated = read_voc(options.annotations, options.split, include_hard=not options.no_hard)
     sweep, size = not options.no_sweep, options.resolution
-    results = discover(options.model, annotated, options.output, sweep=sweep, image_size=size)
+    default = LostSettings(options.feature, options.layer, options.normalize, options.bias)
+    results = discover(options.model, annotated, options.output, default=default, sweep=sweep, image_size=size)
     for name in ("default", "best_on_the_same_images"):
         score = results[name]
         print(f"{name.replace('_', ' ')}: CorLoc {100 * score['corloc']['mean']:.1f} % ({score['setting']})")
@@ -196,17 +204,21 @@ def _sinks(options: argparse.Namespace) -> None:
 
 def _dataset(options: argparse.Namespace) -> None:
     from vitreg_hf.analysis.images import export_dataset
+    from vitreg_hf.analysis.paper_datasets import paper_dataset
 
-    count = export_dataset(
-        options.name,
-        options.output,
-        options.split,
-        options.image_column,
-        options.label_column,
-        options.config,
-        options.at_most,
-    )
-    print(f"{count} images in {options.output}")
+    if (options.name is None) == (options.paper is None):
+        raise ValueError("Expected either the name of a dataset or --paper and one of the paper's sets")
+    if options.paper is None:
+        columns = (options.image_column, options.label_column, options.config)
+        count = export_dataset(options.name, options.output, options.split, *columns, options.at_most)
+        print(f"{count} images in {options.output}")
+        return
+    one = paper_dataset(options.paper)
+    for name, split in (("train", one.train_split), ("test", one.test_split)):
+        folder = options.output / one.short_name / name
+        columns = (one.image_column, one.label_column, one.config)
+        count = export_dataset(one.hub_id, folder, split, *columns, options.at_most)
+        print(f"{count} images in {folder}")
 
 
 def _print_report(folder: Path) -> None:

@@ -131,7 +131,7 @@ def test_map_sheet(drawn, count, limits, level):
         columns, photos(count), path, captions=captions(count), title=LONG, label="some unit", limits=limits
     )
     assert figures[-1].axes[-1].get_ylabel() == "some unit"
-    expected = limits or (0.0, float(values.max()))
+    expected = limits or (0.0, float(values.max()) or 1.0)
     assert figures[-1].axes[1].images[0].get_clim() == pytest.approx(expected)
 
 

@@ -31,7 +31,9 @@ def write(folder, *names):
 
 
 def processor(**options):
-    return ViTRegImageProcessor(**{"size": 32, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25], **options})
+    return ViTRegImageProcessor(
+        **{"size": 32, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25], **options}
+    )
 
 
 # Found
@@ -179,8 +181,9 @@ def test_a_processor_without_a_size_cannot_be_given_one():
         preprocess([picture()], lambda image, **options: None, 48)
 
 
-@pytest.mark.parametrize("one", [processor(), CLIPImageProcessor(size={"height": 32, "width": 32}, do_resize=False,
-                                                                 do_center_crop=False)], ids=["ViTReg", "CLIP"])  # fmt: skip
+@pytest.mark.parametrize(
+    "one", [processor(), CLIPImageProcessor(do_resize=False, do_center_crop=False)], ids=["ViTReg", "CLIP"]
+)
 def test_normalisation_is_undone_within_one_grey_level(one):
     image = picture((32, 32))
     seen = as_seen(preprocess([image], one), one)
@@ -254,9 +257,8 @@ def test_images_without_classes_are_refused(tmp_path):
 def parquet(tmp_path):
     """Folder with a dataset of 4 images in a parquet file, whose labels have names."""
     datasets = pytest.importorskip("datasets")
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "big/dog"]), "grade": datasets.Value("int64")}
-    )  # fmt: skip
+    label, grade = datasets.ClassLabel(names=["cat", "big/dog"]), datasets.Value("int64")
+    features = datasets.Features({"image": datasets.Image(), "label": label, "grade": grade})
     rows = {"image": [picture(seed=n) for n in range(4)], "label": [0, 1, 1, 0], "grade": [3, 3, 4, 5]}
     (tmp_path / "data").mkdir()
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / "train.parquet")
@@ -283,7 +285,7 @@ def test_a_folder_of_images_is_a_dataset(tmp_path):
 
 
 def test_missing_columns_and_full_folders_are_refused(tmp_path, parquet):
-    with pytest.raises(ValueError, match="columns kind in the dataset .*, got image, label, grade"):
+    with pytest.raises(ValueError, match=r"columns kind in the dataset .*, got image, label, grade"):
         export_dataset(str(parquet), tmp_path / "out", "train", label_column="kind")
     write(tmp_path / "full", "a.png")
     with pytest.raises(ValueError, match="empty folder"):

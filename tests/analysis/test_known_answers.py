@@ -130,6 +130,7 @@ class TestEveryNumber:
         assert groups["n"] == blue.size
         assert groups["bic_gain"] > 100
         assert groups["found"] is True
+        assert groups["probably"] is False
 
     def test_layers(self, results, literal, blue_patches):
         assert [state["layer"] for state in results["layers"]] == list(range(LAYERS + 1))
@@ -151,6 +152,15 @@ class TestEveryNumber:
             medians = np.median(np.abs(flat), axis=1, keepdims=True)
             assert state["relatively_massive"] == pytest.approx((np.abs(flat) > 1000 * medians).sum(axis=1).mean())
             assert state["massive"] == 0  # the planted value is about 45
+            if written:
+                assert state["peak"] == {"channel": CHANNEL, "token": "a patch", "agreement": pytest.approx(10 / 12)}
+            else:
+                places = [divmod(int(np.abs(one).argmax()), one.shape[1]) for one in hidden]
+                names = ["CLS", "register 1", "register 2"]
+                kinds = [(c, names[t] if t < PREFIX else "a patch") for t, c in places]
+                found = (state["peak"]["channel"], state["peak"]["token"])
+                assert kinds.count(found) == max(kinds.count(kind) for kind in kinds)
+                assert state["peak"]["agreement"] == pytest.approx(kinds.count(found) / 12)
 
     def test_attention(self, results, literal):
         attention, weights = results["attention"], literal["attention"]
@@ -196,6 +206,11 @@ class TestEveryNumber:
         of_blue = [patches[i][m].mean() if m.any() else math.nan for i, m in enumerate(flat)]
         check_interval(sinks["outlier_patches_times_uniform"], of_blue)
         check_interval(sinks["normal_patches_times_uniform"], [patches[i][~m].mean() for i, m in enumerate(flat)])
+        kinds = {"CLS": by_head[..., :1], "registers": by_head[..., 1:PREFIX]}
+        kinds["outlier patches"] = by_head[..., PREFIX:] * flat
+        kinds["normal patches"] = by_head[..., PREFIX:] * ~flat
+        for kind, share in sinks["shares"].items():
+            assert share == pytest.approx(kinds[kind].sum(axis=-1).mean(axis=1), rel=1e-4, abs=1e-7)
         writer = sinks["writer"]
         assert (writer["layer"], writer["channel"], writer["token"]) == (WRITING_BLOCK, CHANNEL, "a patch")
         assert writer["share"] == pytest.approx(1)  # channel 31 is empty before

@@ -188,7 +188,7 @@ def test_attention_that_is_not_fused_is_noticed(make_config):
 def test_training_mode_is_refused(make_config):
     subject = subject_of(ViTRegModel(make_config()), device="cpu")
     subject.model.train()
-    with pytest.raises(ValueError, match="in training mode: call model.eval"):
+    with pytest.raises(ValueError, match=r"in training mode: call model\.eval"):
         read(subject, torch.randn(PIXELS), Readers())
 
 

@@ -109,7 +109,9 @@ def test_text_stays_text(page):
 
 
 def test_parts_stand_in_their_order(page):
-    places = [page.index(part) for part in ("<h1>", 'class="lead"', "<h2>first", "second paragraph", "<table>", "<img")]
+    places = [
+        page.index(part) for part in ("<h1>", 'class="lead"', "<h2>first", "second paragraph", "<table>", "<img")
+    ]
     assert places == sorted(places)
 
 

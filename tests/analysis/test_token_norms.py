@@ -145,8 +145,14 @@ def test_norms_of_zero_do_not_break_the_test():
     assert np.isfinite(bimodality(np.concatenate([np.zeros(5, np.float32), lognormal(100)])).bic_gain)
 
 
-def test_many_norms_are_drawn_evenly():
-    assert bimodality(lognormal(120_000)).n == 40_000
+def test_many_norms_are_drawn_at_random():
+    """Norms come row by row of patch grids: a stride of 16 would test one column of a 16 x 16 grid."""
+    norms = lognormal(16 * 50_000).reshape(-1, 16)
+    norms[:, 5] *= 10  # one column of outliers
+    groups = bimodality(norms.ravel())
+    assert groups.n == 50_000
+    assert groups.two_groups
+    assert groups.high_share == pytest.approx(1 / 16, rel=0.1)
 
 
 def test_too_few_norms_are_refused():

@@ -268,7 +268,7 @@ def _checked_plan(
     seed: int,
 ) -> _Plan:
     """Raise what `ablate` says of its arguments."""
-    layers, head = len(subject.anatomy.blocks), _has_head(subject)
+    layers, head = len(subject.anatomy.blocks), has_head(subject)
     if kind not in get_args(Kind):
         raise ValueError(f"Expected kind to be one of {', '.join(get_args(Kind))}, got {kind!r}")
     if not modes or not set(modes) <= set(MODES):
@@ -306,7 +306,7 @@ def _index(name: str, value: int, count: int) -> int:
     return value % count
 
 
-def _has_head(subject: Subject) -> bool:
+def has_head(subject: Subject) -> bool:
     """Transformers names such models so; a model of timm counts its classes, 0 for none."""
     named = type(subject.model).__name__.endswith("ForImageClassification")
     return named or (subject.model is subject.anatomy.backbone and getattr(subject.model, "num_classes", 0) > 0)

@@ -16,9 +16,11 @@ from vitreg_hf.analysis.artifact_pictures import draw
 from vitreg_hf.analysis.artifact_sections import lead, sections
 from vitreg_hf.analysis.extract import Subject, load_vision
 from vitreg_hf.analysis.images import ImageFiles, find_images
-from vitreg_hf.analysis.measure import Pass, Records, decode, fingerprint, measure
+from vitreg_hf.analysis.measure import Pass, decode, fingerprint, measure
+from vitreg_hf.analysis.outliers import OutlierRule, Outliers, find_outliers
+from vitreg_hf.analysis.records import Records
 from vitreg_hf.analysis.report import write_json, write_report
-from vitreg_hf.analysis.summary import OutlierRule, Outliers, find_outliers, summarize
+from vitreg_hf.analysis.summary import summarize
 from vitreg_hf.analysis.token_probes import local_probes, token_table
 from vitreg_hf.analysis.units import UNITS
 from vitreg_hf.analysis.writers import follow_largest
@@ -70,7 +72,7 @@ def analyze(
         ValueError: for a model, an image or a setting that does not fit, before anything is measured where possible.
     """
     settings, folder = settings or AnalyzeSettings(), Path(output)
-    files = images if isinstance(images, ImageFiles) else find_images(images)
+    files = images if isinstance(images, ImageFiles) else find_images(images, leave_out=folder)
     subject = load_vision(model) if isinstance(model, str) else model
     settings.rule.state(len(subject.anatomy.blocks))  # refuses a layer that does not exist
     records = measure(subject, files, settings.how, folder / "records")

@@ -19,13 +19,15 @@ from vitreg_hf.analysis.features import principal_components
 from vitreg_hf.analysis.figures import curves, maps, objects
 from vitreg_hf.analysis.images import ImageFiles, as_seen
 from vitreg_hf.analysis.localize import lost_on_batch
-from vitreg_hf.analysis.measure import Pass, Records, decode
+from vitreg_hf.analysis.measure import Pass, decode
 from vitreg_hf.analysis.object_discovery import PAPER_DEFAULT
+from vitreg_hf.analysis.outliers import Outliers, position_share
 from vitreg_hf.analysis.recorder import AttentionCall, Readers
-from vitreg_hf.analysis.summary import Outliers, average_maps, position_share
+from vitreg_hf.analysis.records import Records
+from vitreg_hf.analysis.summary import average_maps
 from vitreg_hf.analysis.token_norms import patch_norms
 
-_HEADS_AT_MOST = 8
+_HEADS_AT_MOST = 16
 _COMPONENT_RANGE = (-3.0, 3.0)  # that of the paper's Fig. 20
 _SIMILARITIES_AT_MOST = 500_000
 
@@ -109,8 +111,9 @@ def _draw_all_patches(name: str, records: Records, outliers: Outliers, results: 
     curves.layer_curves(
         {name: results["layers"]}, folder / "layers.png", title=f"{name}: patches over layers, {count} images"
     )
-    similar = [_by_fate(batch["neighbours"], outliers.mask(batch)) for batch in records.measured()]
-    outlier, normal = (np.concatenate(part)[:_SIMILARITIES_AT_MOST] for part in zip(*similar, strict=True))
+    total = count * int(np.prod(results["images"]["grid"]))
+    outlier = records.thinned(lambda b: b["neighbours"][outliers.mask(b)], total, _SIMILARITIES_AT_MOST)
+    normal = records.thinned(lambda b: b["neighbours"][~outliers.mask(b)], total, _SIMILARITIES_AT_MOST)
     title = f"{name}: patches and their neighbours, {count} images"
     curves.similarity_density(outlier, normal, folder / "neighbours.png", title=title)
     curves.sink_curves(
@@ -118,10 +121,6 @@ def _draw_all_patches(name: str, records: Records, outliers: Outliers, results: 
     )
     title = f"{name}: values of the residual stream, {count} images"
     curves.channel_curves({name: results["layers"]}, folder / "channels.png", title=title)
-
-
-def _by_fate(similarity: NDArray[Any], mask: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[Any]]:
-    return similarity[mask], similarity[~mask]
 
 
 def _draw_places(
@@ -203,6 +202,15 @@ def _draw_attention(subject: Subject, looked: Pictured, folder: Path) -> None:
         captions=captions,
         title=f"{name}: what {names[0]} attends to in the last layer, "
         f"{heads.shape[1]} of {looked.prefix.shape[1]} heads",
+        label="attention to a patch",
+    )
+    of_first = looked.prefix[0].numpy()  # (h, T, rows, columns)
+    maps.map_sheet(
+        [(f"head {head + 1}", of_first[head], "viridis") for head in range(min(len(of_first), _HEADS_AT_MOST))],
+        np.repeat(looked.seen[:1], len(names), axis=0),
+        folder / "heads_of_tokens.png",
+        captions=names,
+        title=f"{name}: every token and head in the last layer, {captions[0]}",
         label="attention to a patch",
     )
     maps.map_sheet(

@@ -6,6 +6,9 @@ from typing import Any
 
 from vitreg_hf.analysis.paper_datasets import PAPER_DATASETS
 from vitreg_hf.analysis.report import Picture, Section, Table, interval, number
+from vitreg_hf.analysis.token_probes import SAME_IMAGES
+
+_WRITES = 0.5  # of a value, that an FFN has to add to be called its writer
 
 CAPTIONS = {
     "norms": "Norms of all patches (Fig. 3 of the paper). Artifacts are a second group far to the right; the dashed "
@@ -14,10 +17,11 @@ CAPTIONS = {
     "layers": "Left: norms after every layer (Fig. 4a). Right: patches above the cutoff; where the curve rises, "
     "outliers come into being.",
     "positions": "Share of images with an outlier at each position (appendix A).",
-    "neighbours": "How alike neighbouring patches are before the first layer (Fig. 5a). Artifacts sit on redundant "
-    "patches, so their curve lies further right.",
+    "neighbours": "How alike neighbouring patches are before the first layer (Fig. 5a). In the paper, artifacts sit "
+    "on redundant patches: their curve lies further right.",
     "attention": "Attention of CLS and each register (Fig. 9 and 19), on one colour scale.",
-    "heads": "Heads one by one (appendix F): where there are artifacts, they show in all heads.",
+    "heads_of_tokens": "One image: what each token (row) attends to in each head (column).",
+    "heads": "Heads one by one (appendix F, where artifacts show in all heads).",
     "average_attention": "Average maps (Fig. 16): whether registers come to attend to regions of their own.",
     "cls_mass": "What is not on patches does not show in attention maps over the image, however clean they look.",
     "rollout": "Rollout multiplies attention over layers: which input patches can reach the output, with what "
@@ -29,7 +33,7 @@ CAPTIONS = {
     "others "
     "for the object, so artifacts and busy backgrounds mislead it.",
     "sinks": "Left: attention that a token gets from all others against an even share. Right: share of heads in which "
-    "it is a sink. A patch far above 1 is an artifact at work.",
+    "it is a sink. Of many patches, the one that gets most is above 1 in any model.",
     "channels": "Few channels with huge values show as a large maximum, a kurtosis far above 3 and many values beyond "
     "six standard deviations.",
 }
@@ -40,18 +44,21 @@ def lead(results: dict[str, Any]) -> str:
     found, model = results["outliers"], results["model"]
     registers = f"{model['registers']} registers" if model["registers"] != 1 else "1 register"
     share, groups = interval(found["share"], factor=100, unit="%"), found["two_groups"]
-    p_value = number(groups["p_value"])
+    p_value, count = number(groups["p_value"]), groups["n"]
     if groups["found"]:
+        verdict = f"Artifacts: yes. Norms fall into two groups, {_apart(groups)} (dip test p = {p_value})"
+    elif groups["probably"]:
         verdict = (
-            f"Artifacts: yes. Norms fall into two groups, {_apart(groups)} (dip test p = {p_value}), and {share} of "
-            "an image's patches are above the cutoff."
+            f"Artifacts: probably. Two groups of norms, {_apart(groups)}, fit better than one, but the dip test "
+            "cannot "
+            f"tell them from one group with {count} patches (p = {p_value}): take more images"
         )
     else:
         verdict = (
             "Artifacts: none found. Norms do not fall into two groups at least three-fold apart (the best split: "
-            f"{_apart(groups)}, dip test p = {p_value}); {share} of an image's patches are above the cutoff, which "
-            "patches of a model without artifacts can be too."
+            f"{_apart(groups)}, dip test p = {p_value}, {count} patches)"
         )
+    verdict = f"{verdict}. {share} of an image's patches are above the cutoff."
     return (
         f"{model['name']} ({model['family']}, {model['layers']} layers, {registers}) on "
         f"{results['images']['measured']} "
@@ -80,10 +87,12 @@ def sections(results: dict[str, Any], folder: Path) -> list[Section]:
             "Attention of CLS and registers",
             _attention_text(results),
             _attention_tables(results),
-            shown("attention", "heads", "average_attention", "cls_mass", "rollout"),
+            shown("attention", "heads", "heads_of_tokens", "average_attention", "cls_mass", "rollout"),
         ),
         Section("Patch features and objects", [], [], shown("components", "objects")),
-        Section("Sinks and outlier channels", _sink_text(results), [], shown("sinks", "channels")),
+        Section(
+            "Sinks and outlier channels", _sink_text(results), [_share_table(results)], shown("sinks", "channels")
+        ),
         Section("How this was measured", _method(results)),
     ]
 
@@ -157,7 +166,7 @@ def _what_they_hold(results: dict[str, Any]) -> list[Section]:
     text = [
         "Linear models read position and pixels off single patches (the paper's Fig. 5b), and the class of the "
         "image off "
-        "one token (its Table 1). Local information is missing in artifacts, global information is in them."
+        "one token (its Table 1). In the paper, artifacts lack the former and hold the latter."
     ]
     return [Section("What outliers hold", text, tables)] if tables else []
 
@@ -178,9 +187,11 @@ def _local_table(probes: dict[str, Any]) -> Table:
 
 def _global_table(scores: dict[str, Any]) -> Table:
     rows = []
-    for kind in ("CLS", "normal", "outlier", "register"):
+    for kind in ("CLS", "normal", "outlier", SAME_IMAGES, "register"):
         row = scores.get(kind)
-        if row is not None:
+        if row is None and kind in scores:
+            rows.append((kind, "-", "too few images have one"))
+        elif row is not None:
             spread = f" ± {number(100 * row['std'], 2)}" if len(row["accuracies"]) > 1 else ""
             counts = f"{row['train_images']} / {row['test_images']} / {row['images_without']}"
             rows.append((kind, f"{number(100 * row['accuracy'])}{spread}", counts))
@@ -253,13 +264,38 @@ def _sink_text(results: dict[str, Any]) -> list[str]:
         f"{number(max(s['massive'] for s in results['layers']))}; by "
         f"the relative rule alone: {number(max(s['relatively_massive'] for s in results['layers']))}."
     ]
-    if writer is not None:
+    last = results["layers"][-1]["peak"]
+    text.append(
+        f"After the last layer the largest value of an image stands most often in channel {last['channel']} of "
+        f"{last['token']} ({number(100 * last['agreement'])} % of images)."
+    )
+    if writer is not None and writer["share"] >= _WRITES:
         text.append(
             f"The largest value of an image stands in channel {writer['channel']} of {writer['token']} in "
             f"{number(100 * writer['agreement'])} % of {writer['images']} images; the FFN of layer {writer['layer']} "
             f"does most for it: {number(100 * writer['share'])} % of the value (median over those images)."
         )
     return text
+
+
+def _share_table(results: dict[str, Any]) -> Table:
+    shares, peaks = results["sinks"]["shares"], results["layers"][1:]
+    rows = [
+        (
+            str(layer + 1),
+            *(number(100 * of_kind[layer]) for of_kind in shares.values()),
+            f"channel {peaks[layer]['peak']['channel']} of {peaks[layer]['peak']['token']} "
+            f"({number(100 * peaks[layer]['peak']['agreement'])} %)",
+        )
+        for layer in range(len(peaks))
+    ]
+    header = ("layer", *(f"on {kind} (%)" for kind in shares), "largest value (% of images)")
+    caption = (
+        "Share of all attention that each kind of token gets, mean of heads and queries, "
+        f"{results['images']['measured']} "
+        "images; and where the largest value of the residual stream after the layer stands most often."
+    )
+    return Table(header, rows, caption)
 
 
 def _method(results: dict[str, Any]) -> list[str]:

@@ -14,20 +14,24 @@ from vitreg_hf.analysis.artifact_pictures import look_at, short
 from vitreg_hf.analysis.extract import Subject, load_vision
 from vitreg_hf.analysis.figures import curves, maps
 from vitreg_hf.analysis.images import ImageFiles, find_images
-from vitreg_hf.analysis.intervals import difference_interval, mean_interval
-from vitreg_hf.analysis.measure import Records, measure
+from vitreg_hf.analysis.intervals import CONFIDENCE, difference_interval, mean_interval
+from vitreg_hf.analysis.measure import measure
+from vitreg_hf.analysis.outliers import Outliers, find_outliers, per_image
+from vitreg_hf.analysis.records import Records
 from vitreg_hf.analysis.report import Picture, Section, Table, interval, number, write_json, write_report
-from vitreg_hf.analysis.summary import Outliers, find_outliers, per_image, summarize
+from vitreg_hf.analysis.summary import summarize
 
-# Quantity of `summary.per_image` -> how it is called, its unit, and the factor that brings it to that unit. Norms
+# With fewer, percentile bootstraps find differences of models that do not differ far too often.
+_FEWEST_IMAGES = 20
+
+# Quantity of `outliers.per_image` -> how it is called, its unit, and the factor that brings it to that unit. Norms
 # themselves are left out: those of different models do not compare.
 COMPARED = {
     "outlier_share": ("patches above the model's own cutoff", "% of an image's patches", 100),
     "largest_over_median": ("largest norm", "times the median of the image", 1),
-    "cls_entropy": ("entropy of the first token's attention over patches", "nats", 1),
-    "cls_mass_on_registers": ("attention of CLS on registers", "%", 100),
+    "first_token_area": ("area that the first token attends to", "% of the image, exp(entropy) / patches", 100),
+    "mass_on_registers": ("attention of the first token on registers", "%", 100),
     "received_by_outliers": ("attention that an outlier gets", "times an even share", 1),
-    "received_by_normal": ("attention that a normal patch gets", "times an even share", 1),
 }
 
 
@@ -53,8 +57,10 @@ def compare(
         ValueError: as `analyze`, or if different images could be read for the two.
     """
     settings, folder = settings or AnalyzeSettings(), Path(output)
-    files = images if isinstance(images, ImageFiles) else find_images(images)
+    files = images if isinstance(images, ImageFiles) else find_images(images, leave_out=folder)
     subjects = [load_vision(model) if isinstance(model, str) else model for model in (first, second)]
+    for subject in subjects:
+        settings.rule.state(len(subject.anatomy.blocks))  # refuses a layer that does not exist
     names = _distinct([subject.name for subject in subjects])
     measured = [
         measure(subject, files, settings.how, folder / f"records-{letter}")
@@ -68,6 +74,7 @@ def compare(
     results = {
         "models": {name: describe(subject) for name, subject in zip(names, subjects, strict=True)},
         "images": describe_images(files, measured[0], grids[0], settings.how),
+        "grids": [list(grid) for grid in grids],
         "differences": differences(measured, outliers, names),
         "summaries": {
             name: summarize(records, settings.rule, subject, grid)
@@ -90,7 +97,8 @@ def differences(records: list[Records], outliers: list[Outliers], names: list[st
 
     Returns:
         Per quantity its `name`, `unit`, a mean with interval for each model and for the `difference`, and `differs`:
-        whether that interval excludes 0.
+        whether that interval excludes 0; None with too few images to tell. Intervals of differences are wider than
+        95 % by Bonferroni's rule, so that all of them together miss in 5 % of comparisons.
     """
     if records[0].measured_images().tolist() != records[1].measured_images().tolist():
         raise ValueError("Expected the same readable images for both models, got different ones")
@@ -99,7 +107,7 @@ def differences(records: list[Records], outliers: list[Outliers], names: list[st
     for key, (name, unit, factor) in COMPARED.items():
         if key in first and key in second:
             a, b = factor * first[key], factor * second[key]
-            change = difference_interval(a, b)
+            change = difference_interval(a, b, 1 - (1 - CONFIDENCE) / len(COMPARED))
             rows.append(
                 {
                     "quantity": key,
@@ -108,7 +116,7 @@ def differences(records: list[Records], outliers: list[Outliers], names: list[st
                     names[0]: asdict(mean_interval(a)),
                     names[1]: asdict(mean_interval(b)),
                     "difference": asdict(change),
-                    "differs": change.excludes_zero,
+                    "differs": change.excludes_zero if change.n >= _FEWEST_IMAGES else None,
                 }
             )
     return rows
@@ -117,18 +125,17 @@ def differences(records: list[Records], outliers: list[Outliers], names: list[st
 def lead(results: dict[str, Any]) -> str:
     """What differs and what does not, in one paragraph."""
     rows, (first, second) = results["differences"], results["models"]
-    told = [
-        f"{row['name']}: {interval(row['difference'], unit=row['unit'])}"
-        for row in rows
-        if row["differs"] and row["difference"]["n"]
-    ]
-    same = [row["name"] for row in rows if not row["differs"] and row["difference"]["n"]]
-    count = results["images"]["measured"]
-    found = (
-        f"{second} differs from {first} in: {'; '.join(told)}." if told else f"{first} and {second}: no difference."
-    )
-    rest = f" No difference that {count} images could tell in: {'; '.join(same)}." if same and told else ""
-    return f"On the same {count} images, {found}{rest}"
+    told = [f"{r['name']}: {interval(r['difference'], unit=r['unit'])}" for r in rows if r["differs"]]
+    same = [row["name"] for row in rows if row["differs"] is False]
+    few = [row["name"] for row in rows if row["differs"] is None]
+    parts = [f"On the same {results['images']['measured']} images,"]
+    if told:
+        parts.append(f"{second} differs from {first} in: {'; '.join(told)}.")
+        parts += [f"No difference that they could tell in: {'; '.join(same)}."] if same else []
+    else:
+        parts.append(f"{first} and {second}: {'no difference' if same else 'nothing that could be told'}.")
+    parts += [f"Too few images (under {_FEWEST_IMAGES}) have: {'; '.join(few)}."] if few else []
+    return " ".join(parts)
 
 
 def sections(results: dict[str, Any], folder: Path) -> list[Section]:
@@ -140,12 +147,16 @@ def sections(results: dict[str, Any], folder: Path) -> list[Section]:
             interval(row[names[0]]),
             interval(row[names[1]]),
             interval(row["difference"]),
-            "yes" if row["differs"] else "no difference",
+            {True: "yes", False: "no difference", None: "too few images"}[row["differs"]],
         )
         for row in results["differences"]
     ]
     header = ("per image", *names, "difference", "differs")
-    caption = "Means with 95 % bootstrap intervals over images; differences are those of the same image."
+    caption = (
+        "Means with 95 % bootstrap intervals over images; differences are those of the same image, with "
+        "intervals that "
+        "all hold together in 95 % of comparisons."
+    )
     models = [
         (
             name,

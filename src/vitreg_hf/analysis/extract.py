@@ -147,8 +147,11 @@ def _run(
     if isinstance(inputs, Tensor):
         subject.grid(inputs)  # refuses what does not fit
     module: Any = subject.model if head else subject.anatomy.backbone
-    with _fused_attention(subject.model), recording(subject.anatomy, readers) as recorded:
-        output = _call(module, subject.anatomy, _on(subject.device, inputs), head)
+    try:
+        with _fused_attention(subject.model), recording(subject.anatomy, readers) as recorded:
+            output = _call(module, subject.anatomy, _on(subject.device, inputs), head)
+    except AssertionError as error:  # how timm refuses a size
+        raise ValueError(f"Expected inputs that {subject.name!r} takes, got others: {error}") from error
     return recorded, output
 
 

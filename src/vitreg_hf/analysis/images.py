@@ -1,6 +1,7 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
 """Image files of a folder, and batches of them as a model wants them."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,17 +43,32 @@ class ImageFiles:
         """Paths below the root, with `/`."""
         return [file.relative_to(self.root).as_posix() for file in self.files]
 
+    def fingerprint(self) -> str:
+        """A short code that changes with names, sizes and times of the files."""
+        digest = hashlib.sha256()
+        for name, file in zip(self.names(), self.files, strict=True):
+            about = file.stat()
+            digest.update(f"{name} {about.st_size} {about.st_mtime_ns}\n".encode())
+        return digest.hexdigest()[:16]
+
     def first(self, count: int | None) -> "ImageFiles":
         """`count` files spread evenly over all; all of them when there are no more, or for None."""
         if count is None or count >= len(self):
             return self
-        kept = np.linspace(0, len(self) - 1, count).round().astype(int)
+        return self.only(np.linspace(0, len(self) - 1, count).round().astype(int).tolist())
+
+    def only(self, kept: Sequence[int]) -> "ImageFiles":
+        """The files of these indices."""
         labels = None if self.labels is None else tuple(self.labels[i] for i in kept)
         return ImageFiles(self.root, tuple(self.files[i] for i in kept), labels, self.class_names)
 
 
-def find_images(folder: str | Path) -> ImageFiles:
+def find_images(folder: str | Path, leave_out: Path | None = None) -> ImageFiles:
     """Image files in a folder and below it, or one image file.
+
+    Args:
+        folder: where to look.
+        leave_out: a folder below it that holds no images to measure, such as that of a report.
 
     Raises:
         ValueError: if there is no such folder or file, or no image in it.
@@ -64,6 +80,8 @@ def find_images(folder: str | Path) -> ImageFiles:
         raise ValueError(f"Expected a folder of images or an image file, got {str(folder)!r}, which does not exist")
     files = sorted(path for path in root.rglob("*") if path.suffix.lower() in _ENDINGS and path.is_file())
     files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+    if leave_out is not None:
+        files = [path for path in files if leave_out.resolve() not in path.resolve().parents]
     if not files:
         raise ValueError(f"Expected images in {str(folder)!r}, got none with an ending that Pillow reads")
     folders = [path.relative_to(root).parts[0] if path.parent != root else "" for path in files]
@@ -130,15 +148,30 @@ def _sizes(processor: Any, image_size: int | None) -> dict[str, Any]:
     return {"size": square}
 
 
+def normalisation(processor: Any) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation per colour, of pixels from 0 to 1, that an image processor normalises with.
+
+    Raises:
+        ValueError: if it does not normalise.
+    """
+    of_timm = getattr(processor, "data_config", {})  # what Transformers keeps of a model of timm
+    mean = getattr(processor, "image_mean", of_timm.get("mean"))
+    std = getattr(processor, "image_std", of_timm.get("std"))
+    if mean is None or std is None or not getattr(processor, "do_normalize", True):
+        raise ValueError(f"Expected an image processor that normalises, got {type(processor).__name__} without that")
+    return mean, std
+
+
 def as_seen(pixel_values: Tensor, processor: Any) -> NDArray[np.uint8]:
-    """What the model saw, as RGB `(B, H, W, 3)`: normalisation undone, or each image stretched where it is unknown."""
-    mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
+    """What the model saw, as RGB `(B, H, W, 3)`: normalisation undone, or each image stretched if there was none."""
     pixels = pixel_values.detach().float().cpu()
-    if mean is not None and std is not None and getattr(processor, "do_normalize", True):
-        pixels = pixels * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
-    else:
+    try:
+        mean, std = normalisation(processor)
+    except ValueError:
         low, high = pixels.amin(dim=(1, 2, 3), keepdim=True), pixels.amax(dim=(1, 2, 3), keepdim=True)
         pixels = (pixels - low) / (high - low).clamp(min=1e-6)
+    else:
+        pixels = pixels * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 

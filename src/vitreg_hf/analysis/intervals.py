@@ -13,7 +13,7 @@ _RESAMPLES = 2_000
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over images with the percentile bootstrap interval of 95 %.
+    """A mean over images with a percentile bootstrap interval, of 95 % where not said otherwise.
 
     Attributes:
         mean: NaN if no image has the quantity.
@@ -32,7 +32,7 @@ class Interval:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
-def mean_interval(values: NDArray[np.float64], seed: int = 0) -> Interval:
+def mean_interval(values: NDArray[np.float64], seed: int = 0, confidence: float = CONFIDENCE) -> Interval:
     """Mean of one number per image, `(images,)`; NaN where an image does not have the quantity."""
     present = np.asarray(values, dtype=np.float64)
     present = present[~np.isnan(present)]
@@ -46,7 +46,7 @@ def mean_interval(values: NDArray[np.float64], seed: int = 0) -> Interval:
         np.mean,
         n_resamples=_RESAMPLES,
         batch=max(1, 10_000_000 // present.size),  # bounds memory
-        confidence_level=CONFIDENCE,
+        confidence_level=confidence,
         method="percentile",
         rng=np.random.default_rng(seed),
     )
@@ -54,7 +54,9 @@ def mean_interval(values: NDArray[np.float64], seed: int = 0) -> Interval:
     return Interval(mean, float(low), float(high), present.size)
 
 
-def difference_interval(first: NDArray[np.float64], second: NDArray[np.float64]) -> Interval:
+def difference_interval(
+    first: NDArray[np.float64], second: NDArray[np.float64], confidence: float = CONFIDENCE
+) -> Interval:
     """Mean difference `second - first` over the same images in the same order, `(images,)`.
 
     Raises:
@@ -62,4 +64,4 @@ def difference_interval(first: NDArray[np.float64], second: NDArray[np.float64])
     """
     if len(first) != len(second):
         raise ValueError(f"Expected the same images for both models, got {len(first)} and {len(second)}")
-    return mean_interval(np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64))
+    return mean_interval(np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64), confidence=confidence)

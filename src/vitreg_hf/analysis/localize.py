@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from vitreg_hf.analysis.annotations import AnnotatedImage
 from vitreg_hf.analysis.extract import Subject, read
-from vitreg_hf.analysis.images import open_upright, preprocess
+from vitreg_hf.analysis.images import normalisation, open_upright, preprocess
 from vitreg_hf.analysis.intervals import mean_interval
 from vitreg_hf.analysis.object_discovery import (
     Box,
@@ -224,18 +224,8 @@ def _scaled(box: Box, scale: tuple[float, float]) -> Box:
 def _normalised(image: PIL.Image.Image, processor: Any) -> Tensor:
     """`(1, 3, H, W)` float32 at the image's own size, with the image processor's mean and std and nothing else."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
-    mean, std = _statistics(processor)
+    mean, std = normalisation(processor)
     return (pixels / 255 - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
-
-
-def _statistics(processor: Any) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation per colour, of pixels from 0 to 1."""
-    of_timm = getattr(processor, "data_config", {})  # what Transformers keeps of a model of timm
-    mean = getattr(processor, "image_mean", of_timm.get("mean"))
-    std = getattr(processor, "image_std", of_timm.get("std"))
-    if mean is None or std is None or not getattr(processor, "do_normalize", True):
-        raise ValueError(f"Expected an image processor that normalises, got {type(processor).__name__} without that")
-    return mean, std
 
 
 def _padded(pixel_values: Tensor, subject: Subject) -> Tensor:
@@ -255,14 +245,14 @@ def _check_layers(subject: Subject, layers: Collection[int]) -> None:
 
 def _fixed_size(subject: Subject, image_size: ImageSize) -> tuple[int, int] | None:
     """Height and width that all images are stretched to, or None; refuses what the model would not take."""
-    _statistics(subject.preprocess)
+    normalisation(subject.preprocess)
     if image_size not in get_args(ImageSize):
         raise ValueError(f"Expected image_size to be one of {', '.join(get_args(ImageSize))}, got {image_size!r}")
     size = _processor_size(subject) if image_size == "processor" else None
     rows, columns = size or (patches * pixels for patches, pixels in zip(_TRIAL, subject.layout.patch_size))
     try:
         read(subject, _padded(torch.zeros(1, 3, rows, columns), subject), Readers())
-    except (AssertionError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:
         wanted = "any size" if size is None else "the size of its processor"
         raise ValueError(
             f"Expected a model that takes images of {wanted}, got {subject.name!r}, which refused one of {rows} x "

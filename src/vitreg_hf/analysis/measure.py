@@ -1,23 +1,19 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
 """One pass over a folder of images: what is measured of each goes to disk, so memory does not grow with their number.
 
-Records are written batch by batch and renamed when complete; a pass that was interrupted goes on after the last one.
+Records are written for some images at a time; a pass that was interrupted goes on after the last of them.
 Shapes: B images, L layers, h heads, T prefix tokens (CLS, then registers), N tokens, P patches, D channels; "states"
 are the residual stream before the first block and after each, L + 1 of them.
 """
 
 import hashlib
-import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,11 +29,11 @@ from vitreg_hf.analysis.channels import (
 from vitreg_hf.analysis.extract import Subject, embedded_patches, read
 from vitreg_hf.analysis.images import ImageFiles, open_upright, preprocess
 from vitreg_hf.analysis.recorder import AttentionCall, Readers
+from vitreg_hf.analysis.records import Arrays, Records
 from vitreg_hf.analysis.sinks import received_attention
 from vitreg_hf.analysis.token_norms import neighbour_similarity, patch_norms
 
-Arrays = dict[str, NDArray[Any]]
-_FORMAT = 1  # raised when records of an earlier version can no longer be read
+_IMAGES_PER_FILE = 32  # what an interruption can lose
 
 
 @dataclass(frozen=True)
@@ -165,7 +161,7 @@ def _last_attention(call: AttentionCall, probabilities: Tensor, subject: Subject
 # All images
 
 
-def measure(subject: Subject, images: ImageFiles, how: Pass, folder: Path) -> "Records":
+def measure(subject: Subject, images: ImageFiles, how: Pass, folder: Path) -> Records:
     """Measure every image, or those that an interrupted pass has not measured yet.
 
     Args:
@@ -179,18 +175,37 @@ def measure(subject: Subject, images: ImageFiles, how: Pass, folder: Path) -> "R
             cannot be decoded.
     """
     records = Records(folder)
-    records.claim({"model": subject.name, "weights": fingerprint(subject), "images": images.names(), **asdict(how)})
-    starts = range(0, len(images), how.batch_size)
+    # Neither the batch size nor what happens to corrupt images changes a record, so both may change between two runs.
+    processor = hashlib.sha256(f"{subject.preprocess!r} {how.image_size}".encode()).hexdigest()[:16]
+    facts = {"model": subject.name, "weights": fingerprint(subject), "image processor": processor}
+    records.claim({**facts, "images": images.fingerprint()})
+    starts = range(0, len(images), _IMAGES_PER_FILE)
     todo = [start for start in starts if not records.holds(start)]
-    if len(todo) < len(starts):
-        print(f"{len(starts) - len(todo)} of {len(starts)} batches were measured before: going on after them")
-    for start in tqdm(todo, desc=f"Measuring {subject.name}", unit="batch", disable=not todo):
-        files = images.files[start : start + how.batch_size]
-        kept, pixels = decode(files, subject.preprocess, how)
-        measured = {} if pixels is None else measure_batch(subject, pixels)
-        records.save(start, {"image": np.array([start + i for i in kept]), **_as_arrays(measured)}, pixels)
+    left = sum(min(_IMAGES_PER_FILE, len(images) - start) for start in todo)
+    if left < len(images):
+        print(f"{len(images) - left} of {len(images)} images were measured before: going on after them")
+    with tqdm(total=left, desc=f"Measuring {subject.name}", unit="image", disable=not todo) as bar:
+        for start in todo:
+            records.save(
+                start, _measure_some(subject, images.files[start : start + _IMAGES_PER_FILE], start, how, bar)
+            )
     records.check()
     return records
+
+
+def _measure_some(subject: Subject, files: Sequence[Path], start: int, how: Pass, bar: Any) -> Arrays:
+    """Records of the images of one file, batch by batch; the first of them is image `start`."""
+    parts: list[Arrays] = []
+    for first in range(0, len(files), how.batch_size):
+        batch = files[first : first + how.batch_size]
+        kept, pixels = decode(batch, subject.preprocess, how)
+        if pixels is not None:
+            index = np.array([start + first + i for i in kept])
+            parts.append({"image": index, **_as_arrays(measure_batch(subject, pixels))})
+        bar.update(len(batch))
+    if len({part["norms"].shape[1:] for part in parts}) > 1:
+        raise ValueError("Expected images of one size, got several: give an image size")
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
 def decode(files: Sequence[Path], processor: Any, how: Pass) -> tuple[list[int], Tensor | None]:
@@ -201,7 +216,7 @@ def decode(files: Sequence[Path], processor: Any, how: Pass) -> tuple[list[int],
             opened[index] = open_upright(file)
         except ValueError as error:
             if how.on_corrupt_image == "raise":
-                raise ValueError(f"{error} (on_corrupt_image=skip leaves such images out)") from error
+                raise ValueError(f"{error} (--on-corrupt-image skip leaves such images out)") from error
     return list(opened), preprocess(list(opened.values()), processor, how.image_size) if opened else None
 
 
@@ -216,90 +231,3 @@ def fingerprint(subject: Subject) -> str:
         numbers = parameter.double() if parameter.is_floating_point() else parameter.long()
         digest.update(f"{name} {tuple(parameter.shape)} {numbers.sum().item()} {numbers.abs().sum().item()}".encode())
     return digest.hexdigest()[:16]
-
-
-class Records:
-    """Measurements of images in files, one file per batch.
-
-    Args:
-        folder: made when the first record is written.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def claim(self, identity: dict[str, Any]) -> None:
-        """Say what is measured here.
-
-        Raises:
-            ValueError: if something else was, naming what differs.
-        """
-        file = self.folder / "identity.json"
-        wanted = json.loads(json.dumps({"format": _FORMAT, **identity}))
-        if file.is_file():
-            found = json.loads(file.read_text())
-            differing = [name for name in wanted if found.get(name) != wanted[name]]
-            if differing:
-                raise ValueError(
-                    f"Expected records of the same {', '.join(differing)} in {self.folder}, got others: use another "
-                    "output folder, or delete the records to measure anew"
-                )
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self.folder / ".identity.json.unfinished"
-        unfinished.write_text(json.dumps(wanted))
-        os.replace(unfinished, file)
-
-    def holds(self, start: int) -> bool:
-        """Whether the batch that starts with this image is complete."""
-        return self._file(start).is_file()
-
-    def save(self, start: int, arrays: Arrays, pixels: Tensor | None) -> None:
-        """Write a batch, complete or not at all."""
-        size = [] if pixels is None else list(pixels.shape[-2:])
-        unfinished = self.folder / f".{start:08d}.unfinished"
-        save_file(arrays, unfinished, metadata={"size": json.dumps(size)})
-        os.replace(unfinished, self._file(start))
-
-    def check(self) -> None:
-        """Refuse records without any image, or of images of several sizes.
-
-        Raises:
-            ValueError: then.
-        """
-        shapes = {batch["norms"].shape[1:] for batch in self.measured()}
-        if len(shapes) != 1:
-            raise ValueError(f"Expected readable images of one size, got {len(shapes)} sizes: give an image size")
-
-    def __iter__(self) -> Iterator[Arrays]:
-        for file in sorted(self.folder.glob("*.safetensors")):
-            yield load_file(file)
-
-    def column(self, name: str) -> NDArray[Any]:
-        """One quantity of all images, first dimension images: for quantities of few numbers per image."""
-        return np.concatenate([batch[name] for batch in self.measured()])
-
-    def measured_images(self) -> NDArray[np.int64]:
-        """Indices of the images that could be decoded."""
-        return np.concatenate([batch["image"] for batch in self]).astype(np.int64)
-
-    def measured(self) -> Iterator[Arrays]:
-        """Batches in which at least one image could be decoded."""
-        return (batch for batch in self if "norms" in batch)
-
-    def mean(self, quantity: Callable[[Arrays], NDArray[Any]]) -> NDArray[np.float64]:
-        """Mean over all images of a quantity that is computed batch by batch, first dimension images."""
-        total, count = np.float64(0), 0
-        for batch in self.measured():
-            values = quantity(batch)
-            total, count = total + values.sum(axis=0, dtype=np.float64), count + len(values)
-        return np.asarray(total / count)
-
-    def norms(self, state: int, at_most: int = 2_000_000) -> NDArray[np.float32]:
-        """Norms of all patches of all images in one state, `(n,)`; evenly thinned out where there are more."""
-        patches = next(self.measured())["norms"].shape[2]
-        step = -(-len(self.measured_images()) * patches // at_most)
-        return np.concatenate([batch["norms"][:, state].ravel()[::step] for batch in self.measured()])
-
-    def _file(self, start: int) -> Path:
-        return self.folder / f"{start:08d}.safetensors"

@@ -128,3 +128,33 @@ PAPER_DATASETS: tuple[PaperDataset, ...] = (
     _on_hub("SUN", "SUN397", 397, ReportedAccuracy(78.6, 37.7, 78.5), "tanganke/sun397"),
     PaperDataset("VOC", "PASCAL VOC 2007", 20, ReportedAccuracy(89.1, 70.8, 89.7)),
 )
+
+
+@dataclass(frozen=True)
+class DatasetPlace:
+    """Where a set of the paper is found: all that `images.export_dataset` needs."""
+
+    short_name: str
+    hub_id: str
+    config: str | None
+    train_split: str
+    test_split: str
+    image_column: str
+    label_column: str
+
+
+def paper_dataset(short_name: str) -> DatasetPlace:
+    """Where one of the fourteen sets is found, by the name that the paper's table gives it, in any case.
+
+    Raises:
+        ValueError: if there is none of that name, or its place on the Hub is not known.
+    """
+    found = [one for one in PAPER_DATASETS if one.short_name.lower() == short_name.lower()]
+    if not found:
+        raise ValueError(f"Expected one of {', '.join(one.short_name for one in PAPER_DATASETS)}, got {short_name!r}")
+    one = found[0]
+    place = (one.hub_id, one.train_split, one.test_split, one.image_column, one.label_column)
+    if None in place:
+        raise ValueError(f"Expected a set whose place on the Hub is known, got {short_name!r}: export it by its name")
+    hub_id, train, test, image, label = (str(part) for part in place)
+    return DatasetPlace(one.short_name, hub_id, one.config, train, test, image, label)

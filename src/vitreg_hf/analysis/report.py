@@ -73,7 +73,7 @@ def write_report(path: Path, title: str, lead: str, sections: Sequence[Section])
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number for a table, from 10^digits to a million whole and not as a power of ten; a dash where there is none."""
+    """A number for a table, from 10^digits to a million whole, never as a power of ten; a dash where there is none."""
     if value is None or not math.isfinite(value):
         return "-"
     return f"{value:.0f}" if 10**digits <= abs(value) < 1e6 else f"{value:.{digits}g}"

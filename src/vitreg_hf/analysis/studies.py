@@ -9,19 +9,19 @@ from typing import Any
 from torch import Tensor
 
 from vitreg_hf.analysis import ablations, localize
-from vitreg_hf.analysis.ablations import Kind, Mode, ablate
+from vitreg_hf.analysis.ablations import Kind, Mode, ablate, has_head
 from vitreg_hf.analysis.analyze import describe, describe_images, grid_of
 from vitreg_hf.analysis.annotations import AnnotatedImage
 from vitreg_hf.analysis.artifact_pictures import short
 from vitreg_hf.analysis.artifact_sections import paper_table
 from vitreg_hf.analysis.extract import Subject, load_text, load_vision
 from vitreg_hf.analysis.figures.objects import boxes_figure
-from vitreg_hf.analysis.images import find_images
+from vitreg_hf.analysis.images import ImageFiles, find_images, labelled_split
 from vitreg_hf.analysis.localize import ImageSize, discover_objects, lost_on_file
 from vitreg_hf.analysis.measure import Pass, decode, measure
 from vitreg_hf.analysis.object_discovery import PAPER_DEFAULT, LostSettings, sweep_settings
+from vitreg_hf.analysis.outliers import OutlierRule, find_outliers
 from vitreg_hf.analysis.report import Picture, Section, write_json, write_report
-from vitreg_hf.analysis.summary import OutlierRule, find_outliers
 from vitreg_hf.analysis.text_sinks import analyze_text, read_texts
 from vitreg_hf.analysis.token_probes import token_table
 
@@ -45,7 +45,7 @@ def probe(
     names = [Path(folder).resolve().name for folder in folders]
     if len(set(names)) < len(names):
         raise ValueError(f"Expected folders with different names, got {', '.join(names)}")
-    files = {name: find_images(folder) for name, folder in zip(names, folders, strict=True)}
+    files = {name: find_images(folder, leave_out=output) for name, folder in zip(names, folders, strict=True)}
     if missing := [name for name, one in files.items() if one.labels is None]:
         raise ValueError(f"Expected one folder per class (or train and test) in {', '.join(missing)}, got none")
     subject = load_vision(model) if isinstance(model, str) else model
@@ -72,6 +72,7 @@ def discover(
     annotated: Sequence[AnnotatedImage],
     output: Path,
     *,
+    default: LostSettings = PAPER_DEFAULT,
     sweep: bool = True,
     image_size: ImageSize = "original",
     pictured: int = 5,
@@ -82,21 +83,24 @@ def discover(
         model: folder or Hub id, or a model under analysis.
         annotated: images with boxes, of `annotations.read_voc` or `read_coco20k`.
         output: folder of `results.json`, `report.html` and `boxes.png`.
+        default: the setting that is fixed beforehand.
         sweep: try keys, queries and values of the last four layers, raw and normalised, with biases.
         image_size: see `localize.discover_objects`.
         pictured: images that are drawn.
     """
     subject = load_vision(model) if isinstance(model, str) else model
     layers = tuple(range(-1, -min(4, len(subject.anatomy.blocks)) - 1, -1))
-    settings = sweep_settings(layers=layers) if sweep else [PAPER_DEFAULT]
-    results = discover_objects(subject, annotated, settings=settings, default=PAPER_DEFAULT, image_size=image_size)
+    settings = sweep_settings(layers=layers) if sweep else [default]
+    results = discover_objects(subject, annotated, settings=settings, default=default, image_size=image_size)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "results.json", results)
     shown = [one for one in annotated if one.boxes][:pictured]
-    _draw_boxes(subject, shown, PAPER_DEFAULT, image_size, output / "boxes.png")
-    picture = Picture(output / "boxes.png", "The authors' default; dashed: the box that was found.")
+    _draw_boxes(subject, shown, default, image_size, output / "boxes.png")
+    picture = Picture(output / "boxes.png", "The setting that was fixed beforehand; dashed: the box that was found.")
     score = results["default"]["corloc"]
-    lead = f"{subject.name}: CorLoc {100 * score['mean']:.1f} % of {score['n']} images with the authors' default."
+    lead = (
+        f"{subject.name}: CorLoc {100 * score['mean']:.1f} % of {score['n']} images with the setting fixed beforehand."
+    )
     write_report(
         output / "report.html", f"Objects that {subject.name} finds", lead, localize.sections(results, [picture])
     )
@@ -112,7 +116,7 @@ def _draw_boxes(
         [discovery for _, discovery in found],
         path,
         captions=[short(one.path.name) for one in shown],
-        title=f"{subject.name}: LOST on keys of the last layer",
+        title=f"{subject.name}: LOST on {setting.feature} features of layer {setting.layer}",
         patch_size=subject.layout.patch_size if image_size == "original" else None,
         truths=[one.boxes for one in shown],
     )
@@ -129,33 +133,50 @@ def ablate_images(
 ) -> dict[str, Any]:
     """Replace registers, outliers or sinks of every image, and report what a head or a probe loses.
 
-    Folders of classes give labels: to a head whose number of classes is theirs, else to a probe.
+    Folders of classes give labels: to a head that knows classes of their names, or to a probe if there is no head.
 
     Raises:
         ValueError: as `ablations.ablate`.
     """
-    files = find_images(images)
+    files = find_images(images, leave_out=output)
+    files = labelled_split(files)[0] if files.labels is not None else files  # all images of train and test, if given
     subject = load_vision(model) if isinstance(model, str) else model
-    threshold = None
+    state, threshold = rule.state(len(subject.anatomy.blocks)), None
     if kind == "outliers":
         records = measure(subject, files, how, output / "records")
         threshold = find_outliers(records, rule, len(subject.anatomy.blocks)).threshold
 
+    starts = list(range(0, len(files), how.batch_size))
+    if len(files) - starts[-1] == 1 < len(starts):
+        starts.pop()  # a last image alone has none to be shuffled with, so it joins the batch before
+
     def batches() -> Iterator[Tensor]:
-        for start in range(0, len(files), how.batch_size):
-            _, pixels = decode(files.files[start : start + how.batch_size], subject.preprocess, how)
+        for start, end in zip(starts, [*starts[1:], len(files)], strict=True):
+            _, pixels = decode(files.files[start:end], subject.preprocess, how)
             if pixels is not None:
                 yield pixels
 
-    state = rule.state(len(subject.anatomy.blocks))
     # Labels count images, and an image that is left out would shift them.
-    labels = files.labels if how.on_corrupt_image == "raise" else None
+    labels = _labels(files, subject) if how.on_corrupt_image == "raise" else None
     results = ablate(subject, batches, kind=kind, modes=modes, labels=labels, threshold=threshold, state=state)
+    results["labels"] = "folders" if labels is not None else None
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "results.json", results)
     lead = f"{subject.name}: {kind} of {results['images']} images replaced at the input of every block."
     write_report(output / "report.html", f"Ablations of {subject.name}", lead, ablations.sections(results))
     return results
+
+
+def _labels(files: ImageFiles, subject: Subject) -> list[int] | None:
+    """Class of each image as the model counts them; None where there are no folders, or the head has other classes."""
+    if files.labels is None:
+        return None
+    known = getattr(getattr(subject.model, "config", None), "label2id", None) or {}
+    if not has_head(subject):
+        return list(files.labels)
+    if not set(files.class_names) <= known.keys():
+        return None
+    return [int(known[files.class_names[label]]) for label in files.labels]
 
 
 def sinks(model: str, texts: Path, output: Path, batch_size: int = 8, max_length: int = 64) -> dict[str, Any]:

@@ -6,7 +6,8 @@ block and after each: state 0 is what the first block gets, state i what block i
 """
 
 import math
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -18,66 +19,14 @@ from vitreg_hf.analysis.attention import area, centre, entropy, overlap
 from vitreg_hf.analysis.extract import Subject
 from vitreg_hf.analysis.features import linear_cka
 from vitreg_hf.analysis.intervals import Interval, mean_interval
-from vitreg_hf.analysis.measure import Arrays, Records
+from vitreg_hf.analysis.outliers import OutlierRule, Outliers, find_outliers, per_image, position_share
+from vitreg_hf.analysis.records import Batch, Records
 from vitreg_hf.analysis.sinks import EPSILON
-from vitreg_hf.analysis.token_norms import CUTOFF_RULES, Bimodality, bimodality, cutoff
+from vitreg_hf.analysis.token_norms import CUTOFF_RULES
+from vitreg_hf.model.token_layout import TokenLayout
 
 _HALF = 0.5
 _CKA_AT_MOST = 2_000  # images; beyond, features would fill memory and the number no longer moves
-
-
-@dataclass(frozen=True)
-class OutlierRule:
-    """What counts as an outlier.
-
-    Attributes:
-        rule, value: as `token_norms.cutoff` reads them.
-        layer: block after which norms are compared with the cutoff, from 1; negative counts from the last. The last is
-            the paper's; some models shrink all norms there, so that the one before shows more.
-    """
-
-    rule: str = "median"
-    value: float | None = None
-    layer: int = -1
-
-    def __post_init__(self) -> None:
-        cutoff(np.ones(1, np.float32), self.rule, self.value) if self.rule != "mixture" else None
-
-    def state(self, layers: int) -> int:
-        """Index of the state after that block.
-
-        Raises:
-            ValueError: if there is no such block.
-        """
-        if not (1 <= self.layer <= layers or -layers <= self.layer <= -1):
-            raise ValueError(f"Expected one of the layers 1 to {layers}, or -{layers} to -1, got {self.layer}")
-        return self.layer if self.layer > 0 else layers + 1 + self.layer
-
-
-@dataclass(frozen=True)
-class Outliers:
-    """The patches of all images that are outliers.
-
-    Attributes:
-        threshold: cutoff, in units of the residual stream.
-        state: index of the state that it applies to.
-        groups: test of two groups of the norms in that state.
-    """
-
-    threshold: float
-    state: int
-    groups: Bimodality
-
-    def mask(self, batch: Arrays) -> NDArray[np.bool_]:
-        """Which patches of a batch of records are outliers, `(B, P)`."""
-        return batch["norms"][:, self.state] > self.threshold
-
-
-def find_outliers(records: Records, rule: OutlierRule, layers: int) -> Outliers:
-    """Choose the cutoff from the norms of all images."""
-    state = rule.state(layers)
-    norms = records.norms(state)
-    return Outliers(cutoff(norms, rule.rule, rule.value), state, bimodality(norms))
 
 
 def summarize(records: Records, rule: OutlierRule, subject: Subject, grid: tuple[int, int]) -> dict[str, Any]:
@@ -92,47 +41,13 @@ def summarize(records: Records, rule: OutlierRule, subject: Subject, grid: tuple
     layers = len(subject.anatomy.blocks)
     outliers = find_outliers(records, rule, layers)
     images = per_image(records, outliers)
-    states = _by_state(records, outliers)
+    states = _by_state(records, outliers, subject.anatomy.prefix_names)
     return {
         "outliers": _outlier_section(records, rule, outliers, images, states, grid),
         "layers": states,
         "attention": attention_section(records, subject.anatomy.prefix_names, images, grid),
-        "sinks": _sink_section(records, subject.anatomy.prefix_names, images),
+        "sinks": _sink_section(records, subject, images, outliers),
     }
-
-
-# Numbers of each image
-
-
-def per_image(records: Records, outliers: Outliers) -> dict[str, NDArray[np.float64]]:
-    """One number per image, each `(n,)`, NaN where an image does not have the quantity."""
-    rows = [_of_batch(batch, outliers) for batch in records.measured()]
-    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-
-
-def _of_batch(batch: Arrays, outliers: Outliers) -> dict[str, NDArray[np.float64]]:
-    mask, norms = outliers.mask(batch), batch["norms"][:, outliers.state].astype(np.float64)
-    prefix = batch["mass"].shape[2]
-    received = batch["received"][:, -1, prefix:] * batch["received"].shape[2]  # times uniform
-    numbers = {
-        "outlier_share": mask.mean(axis=1),
-        "median_norm": np.median(norms, axis=1),
-        "largest_over_median": norms.max(axis=1) / np.median(norms, axis=1),
-        "neighbours_of_outliers": _mean_where(batch["neighbours"], mask),
-        "neighbours_of_normal": _mean_where(batch["neighbours"], ~mask),
-        "received_by_outliers": _mean_where(received, mask),
-        "received_by_normal": _mean_where(received, ~mask),
-    }
-    if prefix:
-        maps = torch.from_numpy(batch["maps"]).mean(dim=1)[:, 0, None]  # (B, 1, P): of the first prefix token
-        numbers["cls_entropy"] = entropy(maps).double().numpy()
-        numbers["cls_mass_on_registers"] = batch["mass"][:, -1, 0, 1].astype(np.float64)
-    return numbers
-
-
-def _mean_where(values: NDArray[Any], mask: NDArray[np.bool_]) -> NDArray[np.float64]:
-    count = mask.sum(axis=1)
-    return np.where(count > 0, (values.astype(np.float64) * mask).sum(axis=1) / np.maximum(count, 1), np.nan)
 
 
 # Outliers
@@ -146,7 +61,7 @@ def _outlier_section(
     states: list[dict[str, Any]],
     grid: tuple[int, int],
 ) -> dict[str, Any]:
-    norms = records.norms(outliers.state)
+    norms, groups = records.norms(outliers.state), outliers.groups
     shares, final = [state["outlier_share"] for state in states], images["outlier_share"].mean()
     return {
         "layer": outliers.state,
@@ -168,13 +83,8 @@ def _outlier_section(
             "outlier": asdict(mean_interval(images["neighbours_of_outliers"])),
             "normal": asdict(mean_interval(images["neighbours_of_normal"])),
         },
-        "two_groups": {**asdict(outliers.groups), "found": outliers.groups.two_groups},
+        "two_groups": {**asdict(groups), "found": groups.two_groups, "probably": groups.probably},
     }
-
-
-def position_share(records: Records, outliers: Outliers, grid: tuple[int, int]) -> NDArray[np.float64]:
-    """Share of images with an outlier at each position, `(rows, columns)` (appendix A of the paper)."""
-    return records.mean(outliers.mask).reshape(grid)
 
 
 def _border(grid: tuple[int, int]) -> NDArray[np.bool_]:
@@ -190,9 +100,20 @@ def _on_border(share: NDArray[np.float64]) -> float | None:
 # Layers
 
 
-def _by_state(records: Records, outliers: Outliers) -> list[dict[str, Any]]:
+def _by_state(records: Records, outliers: Outliers, names: tuple[str, ...]) -> list[dict[str, Any]]:
     first = next(records.measured())
-    return [_state(records, outliers, state) for state in range(first["norms"].shape[1])]
+    peaks = records.column("peak")  # (n, states, 2): token and channel of the largest value
+    return [
+        {**_state(records, outliers, state), "peak": _peak(peaks[:, state], names)}
+        for state in range(first["norms"].shape[1])
+    ]
+
+
+def _peak(places: NDArray[np.int64], names: tuple[str, ...]) -> dict[str, Any]:
+    """Where the largest value of an image stands most frequently: channel, and kind of token."""
+    kinds = Counter((int(channel), names[token] if token < len(names) else "a patch") for token, channel in places)
+    (channel, token), count = kinds.most_common(1)[0]
+    return {"channel": channel, "token": token, "agreement": count / len(places)}
 
 
 def _state(records: Records, outliers: Outliers, state: int) -> dict[str, Any]:
@@ -245,12 +166,12 @@ def attention_section(
         "tokens": tokens,
         "overlap": shapes["overlap"].mean(dim=0).tolist(),
         "cls_mass": mass[:, 0].tolist(),
-        "cls_on_registers": asdict(mean_interval(images["cls_mass_on_registers"])),
+        "cls_on_registers": asdict(mean_interval(images["mass_on_registers"])),
         **_patch_only(records),
     }
 
 
-def _maps_of(batch: Arrays, grid: tuple[int, int]) -> dict[str, Tensor]:
+def _maps_of(batch: Batch, grid: tuple[int, int]) -> dict[str, Tensor]:
     maps = torch.from_numpy(batch["maps"]).mean(dim=1).unflatten(-1, grid)
     return {"entropy": entropy(maps), "area": area(maps), "centre": centre(maps), "overlap": overlap(maps)}
 
@@ -280,12 +201,15 @@ def _patch_only(records: Records) -> dict[str, Any]:
 # Sinks
 
 
-def _sink_section(records: Records, names: tuple[str, ...], images: dict[str, NDArray[np.float64]]) -> dict[str, Any]:
+def _sink_section(
+    records: Records, subject: Subject, images: dict[str, NDArray[np.float64]], outliers: Outliers
+) -> dict[str, Any]:
+    layout, names = subject.layout, subject.anatomy.prefix_names
     score = records.mean(lambda batch: (batch["received_prefix"] > EPSILON).mean(axis=2))  # (L, T)
     of_patch = records.mean(lambda batch: (batch["received_patch"] > EPSILON).mean(axis=2))  # (L,)
     tokens = next(records.measured())["received"].shape[2]
-    uniform = records.mean(lambda batch: batch["received"][:, :, : len(names)]) * tokens
-    most = records.mean(lambda batch: batch["received"][:, :, len(names) :].max(axis=2)) * tokens
+    uniform = records.mean(lambda batch: layout.prefix_of(torch.from_numpy(batch["received"])).numpy()) * tokens
+    most = records.mean(lambda batch: layout.patches_of(torch.from_numpy(batch["received"])).amax(2).numpy()) * tokens
     rows = [
         {
             "name": name,
@@ -303,6 +227,22 @@ def _sink_section(records: Records, names: tuple[str, ...], images: dict[str, ND
     )
     return {
         "tokens": rows,
+        "shares": _shares(records, outliers, layout),
         "outlier_patches_times_uniform": asdict(mean_interval(images["received_by_outliers"])),
         "normal_patches_times_uniform": asdict(mean_interval(images["received_by_normal"])),
     }
+
+
+def _shares(records: Records, outliers: Outliers, layout: TokenLayout) -> dict[str, list[float]]:
+    """Share of all attention that each kind of token gets per layer, mean over images and heads; they sum to 1."""
+
+    def by_kind(batch: Batch) -> NDArray[np.float64]:
+        parts = layout.by_kind(torch.from_numpy(batch["received"]))
+        cls, registers, patches = (part.double().numpy() for part in parts)
+        marked = outliers.mask(batch)[:, None]
+        kinds = (cls, registers, patches * marked, patches * ~marked)
+        return np.stack([kind.sum(axis=2) for kind in kinds], axis=2)  # (B, L, 4)
+
+    mean = records.mean(by_kind)
+    kinds = ("CLS", "registers", "outlier patches", "normal patches")
+    return {kind: mean[:, index].tolist() for index, kind in enumerate(kinds)}

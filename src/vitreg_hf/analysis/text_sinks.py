@@ -30,7 +30,8 @@ from vitreg_hf.analysis.figures.sinks import (
     text_channel_curves,
     text_sink_curves,
 )
-from vitreg_hf.analysis.measure import Records, fingerprint
+from vitreg_hf.analysis.measure import fingerprint
+from vitreg_hf.analysis.records import Records
 from vitreg_hf.analysis.report import Picture, write_json, write_report
 from vitreg_hf.analysis.text_batches import (
     Numbers,
@@ -169,7 +170,7 @@ def measure_texts(
             cut = tokenize(tokenizer, some, logit_length)
             logits = measure_logits(subject, cut, logit_length, wanted, batch_size)
             wanted -= int(logits["sum_logit_texts"])
-            records.save(start, {**measured, **logits}, None)
+            records.save(start, {**measured, **logits})
     return records
 
 

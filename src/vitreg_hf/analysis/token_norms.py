@@ -27,7 +27,7 @@ CUTOFF_RULES: dict[str, float | None] = {
     "mixture": None,  # where the upper of two Gaussians over log norms becomes the likelier
     "fixed": None,  # the number itself, in units of the residual stream
 }
-# Beyond this many, patches are drawn evenly: the dip test's table of probabilities ends soon after.
+# Beyond this many, patches are drawn at random: the dip test's table of probabilities ends soon after.
 _TESTED_AT_MOST = 50_000
 _DIP_SIGNIFICANCE = 0.01
 _FAR_APART = 3.0
@@ -52,7 +52,9 @@ def cutoff(norms: Norms, rule: str = "median", value: float | None = None) -> fl
     Raises:
         ValueError: if there is no norm or no such rule, or the rule's number is missing, wrong or not wanted.
     """
-    number = _checked(norms, rule, value)
+    number = checked_rule(rule, value)
+    if norms.size == 0:
+        raise ValueError("Expected at least one norm, got none")
     if rule == "mixture":
         return _crossing(norms)
     if rule == "fixed":
@@ -64,11 +66,10 @@ def cutoff(norms: Norms, rule: str = "median", value: float | None = None) -> fl
     return number * float(np.median(norms))
 
 
-def _checked(norms: Norms, rule: str, value: float | None) -> float:
+def checked_rule(rule: str, value: float | None) -> float:
+    """The number that a rule of `cutoff` works with; raises its errors, for a check before work starts."""
     if rule not in CUTOFF_RULES:
         raise ValueError(f"Expected a cutoff rule of {', '.join(CUTOFF_RULES)}, got {rule!r}")
-    if norms.size == 0:
-        raise ValueError("Expected at least one norm, got none")
     if rule == "mixture":
         if value is not None:
             raise ValueError(f"Expected no number for the cutoff rule 'mixture', got {value}")
@@ -96,7 +97,8 @@ class Bimodality:
         dip: Hartigan's dip statistic of log norms, from 0; large where a valley separates groups.
         p_value: probability of such a dip or a larger one if there were one group. Patches of one image resemble one
             another, so with many patches a small value alone says little; with few patches a small group is missed
-            however far away it is: 2 % of patches need about 8,000, 1 % about 50,000.
+            however far away it is: simulated groups ten-fold apart of 2 % of patches are missed among 4,000 and found
+            among 8,000, of 1 % missed among 16,000 and found among 50,000.
         bic_gain: what a mixture of two Gaussians over log norms gains over one, in BIC; positive favours two.
         low_mode, high_mode: medians of the two groups of that mixture, in units of the residual stream.
         high_share: share of norms in the upper group.
@@ -110,6 +112,11 @@ class Bimodality:
     high_mode: float
     high_share: float
     n: int
+
+    @property
+    def probably(self) -> bool:
+        """Whether only the dip test is missing: with few patches it finds nothing (p = 0.3 for 12 images at 2 %)."""
+        return not self.two_groups and self.bic_gain > 0 and self.high_mode >= _FAR_APART * self.low_mode
 
     @property
     def two_groups(self) -> bool:
@@ -142,9 +149,10 @@ def bimodality(norms: Norms) -> Bimodality:
 
 def _log_sample(norms: Norms) -> NDArray[np.float64]:
     """Logarithms `(n, 1)`: norms spread by factors, and a Gaussian fits their logarithms far better than them."""
-    step = -(-norms.size // _TESTED_AT_MOST)
+    if norms.size > _TESTED_AT_MOST:  # at random: an even stride would pick columns of the patch grid
+        norms = np.random.default_rng(0).choice(norms, _TESTED_AT_MOST, replace=False)
     smallest = np.finfo(np.float32).tiny
-    return np.log(np.maximum(norms[::step], smallest).astype(np.float64))[:, None]
+    return np.log(np.maximum(norms, smallest).astype(np.float64))[:, None]
 
 
 def _all_equal(logs: NDArray[np.float64]) -> bool:

@@ -19,12 +19,14 @@ from vitreg_hf.analysis.extract import Subject, normed, read
 from vitreg_hf.analysis.images import ImageFiles, as_seen, labelled_split
 from vitreg_hf.analysis.intervals import mean_interval
 from vitreg_hf.analysis.measure import Pass, decode
+from vitreg_hf.analysis.outliers import Outliers
 from vitreg_hf.analysis.probes import accuracy_over_draws, choose_one, position_probe, reconstruction_probe
 from vitreg_hf.analysis.recorder import Readers
-from vitreg_hf.analysis.summary import Outliers
 from vitreg_hf.analysis.token_norms import outlier_mask, patch_norms
 
-_NORMAL_PATCHES_PER_IMAGE = 32  # beside all outliers: neighbours add little
+SAME_IMAGES = "normal, images with outliers"
+_PATCHES_PER_IMAGE = 32  # of each kind: more of the same image add little
+_CLASSIFIED_AT_MOST = 10_000  # images, so that their tokens fit into memory
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,13 @@ def local_probes(
 
 
 def _local_tokens(batch: TokenBatch, grid: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Features, positions, pixels, image index and kind of all outliers and of some normal patches."""
-    order = torch.rand(batch.outliers.shape, generator=generator).masked_fill(batch.outliers, 2)
-    some_normal = order.argsort(dim=1).argsort(dim=1) < _NORMAL_PATCHES_PER_IMAGE
-    image, patch = ((some_normal & ~batch.outliers) | batch.outliers).nonzero(as_tuple=True)
+    """Features, positions, pixels, image index and kind of some outliers and some normal patches of each image."""
+    order = torch.rand(batch.outliers.shape, generator=generator)
+    chosen = torch.zeros_like(batch.outliers)
+    for kind in (batch.outliers, ~batch.outliers):
+        rank = order.masked_fill(~kind, 2).argsort(dim=1).argsort(dim=1)
+        chosen |= kind & (rank < _PATCHES_PER_IMAGE)
+    image, patch = chosen.nonzero(as_tuple=True)
     positions = torch.stack([patch // grid[1], patch % grid[1]], dim=1)
     index = torch.tensor(batch.indices)[image]
     return batch.patches[image, patch], positions, batch.pixels[image, patch], index, batch.outliers[image, patch]
@@ -145,6 +150,8 @@ def token_table(
     Logistic regression on one token per image; `draws` times another random token. Images without a token of a kind
     are left out of its row. Which images are for training, `images.labelled_split` says.
 
+    Of more than 10,000 images so many are taken, at random.
+
     Returns:
         Per kind: `accuracy` and `std` over draws, the `accuracies`, images for training and scoring, and how many
         images have no such token; or None where too few are left to classify.
@@ -153,6 +160,11 @@ def token_table(
         ValueError: if the images are not in one folder per class.
     """
     files, labels, for_training = labelled_split(images, seed)
+    if len(files) > _CLASSIFIED_AT_MOST:
+        kept = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:_CLASSIFIED_AT_MOST].sort()[
+            0
+        ]
+        files, labels, for_training = files.only(kept.tolist()), labels[kept], for_training[kept]
     generator = torch.Generator().manual_seed(seed)
     rows = [
         _drawn(batch, draws, generator) for batch in token_batches(subject, files, how, outliers, "Tokens of images")
@@ -169,6 +181,8 @@ def _drawn(batch: TokenBatch, draws: int, generator: torch.Generator) -> dict[st
     """K random tokens of each kind of each image, `(B, K, D)`; [CLS] is one and the same, `(B, 1, D)`."""
     kinds = {"normal": _draw(batch.patches, ~batch.outliers, draws, generator)}
     kinds["outlier"] = _draw(batch.patches, batch.outliers, draws, generator)
+    has_outlier = batch.outliers.any(dim=1)[:, None, None]
+    kinds[SAME_IMAGES] = kinds["normal"].masked_fill(~has_outlier, torch.nan)  # for a comparison on equal images
     if batch.registers is not None:
         all_of_them = torch.ones(batch.registers.shape[:2], dtype=torch.bool)
         kinds["register"] = _draw(batch.registers, all_of_them, draws, generator)
@@ -186,8 +200,9 @@ def _draw(tokens: Tensor, mask: Tensor, draws: int, generator: torch.Generator) 
 def _accuracy(drawn: Tensor, labels: Tensor, for_training: Tensor, seed: int) -> dict[str, Any] | None:
     has_one = ~drawn[:, 0, 0].isnan()
     train, test = has_one & for_training, has_one & ~for_training
-    known = set(labels[train].tolist())
-    if len(known) < 2 or not bool(test.any()) or not set(labels[test].tolist()) <= known:
+    known = torch.isin(labels, labels[train].unique())  # a class that no training image shows cannot be learned
+    unknown, test = test & ~known, test & known
+    if len(labels[train].unique()) < 2 or not bool(test.any()):
         return None
     by_draw = drawn.transpose(0, 1)
     scored = accuracy_over_draws(
@@ -204,6 +219,7 @@ def _accuracy(drawn: Tensor, labels: Tensor, for_training: Tensor, seed: int) ->
         "train_images": scored.n_train,
         "test_images": scored.n_test,
         "images_without": int((~has_one).sum()),
+        "images_of_unknown_class": int(unknown.sum()),
     }
 
 

@@ -40,6 +40,8 @@ UNITS: dict[str, str] = {
     "layers.norm_max": f"{_NORM}, over all patches of all images",
     "layers.outlier_share": "share of all patches above the cutoff",
     "layers.infinity_norm": "largest magnitude of any token and channel, mean over images",
+    "layers.peak.channel": "channel of the largest value of an image, most frequently",
+    "layers.peak.agreement": "share of images in which channel and kind of token are these",
     "layers.kurtosis": "Pearson's kurtosis of all values of an image (a Gaussian has 3), mean over images",
     "layers.sigma_outliers": "values beyond 6 standard deviations, per image",
     "layers.massive": "activations above 100 and 1,000 times the median magnitude, per image",
@@ -56,6 +58,7 @@ UNITS: dict[str, str] = {
     "attention.patch_only_cka_images": "images",
     "sinks.tokens.score": "share of heads and images in which it gets more than 0.3 of all attention, per layer",
     "sinks.tokens.times_uniform": "attention received over an even share, per layer, mean over images and heads",
+    "sinks.shares": "share of all attention that a kind of token gets, per layer, mean over images, heads and queries",
     "sinks.outlier_patches_times_uniform": f"attention received over an even share, last layer{_INTERVAL}",
     "sinks.normal_patches_times_uniform": f"attention received over an even share, last layer{_INTERVAL}",
     "sinks.writer.layer": "block, from 1, whose FFN does most for the largest value of the residual stream",
@@ -73,7 +76,7 @@ UNITS: dict[str, str] = {
     "classification.chance": "share of test images in the most frequent class",
     **{
         f"classification.{kind}.{key}": unit
-        for kind in ("CLS", "normal", "outlier", "register")
+        for kind in ("CLS", "normal", "outlier", "normal, images with outliers", "register")
         for key, unit in {
             "accuracy": "share of test images classified right from one token, mean over draws of the token",
             "std": "standard deviation of the accuracy over draws",
@@ -81,6 +84,7 @@ UNITS: dict[str, str] = {
             "train_images": "images",
             "test_images": "images",
             "images_without": "images without such a token, left out",
+            "images_of_unknown_class": "test images whose class has no training image with such a token, left out",
         }.items()
     },
 }

@@ -6,6 +6,7 @@ Shapes: n values in no order; layers in their order, state 0 being what the firs
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def norm_histogram(norms: Mapping[str, NDArray[Any]], cutoffs: Mapping[str, floa
     highest = max(*(float(values.max()) for values in norms.values()), *cutoffs.values())
     lowest = min(float(values.min()) for values in norms.values())
     edges = np.linspace(min(0.0, lowest), highest * 1.02, 80)
-    for (name, values), colour in zip(norms.items(), COLOURS):
+    for (name, values), colour in zip(norms.items(), cycle(COLOURS)):
         shares = np.full(len(values), 100 / len(values))
         label = f"{name}, {len(values):,} patches"
         axes.hist(
@@ -43,9 +44,9 @@ def norm_histogram(norms: Mapping[str, NDArray[Any]], cutoffs: Mapping[str, floa
 
 def layer_curves(layers: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, *, title: str) -> None:
     """Norms of patches and the share of outliers after every layer (Fig. 4a of the paper), one colour per model."""
-    figure = new_figure(10, 4.2)
+    figure = new_figure(10, 4.4)
     norm, share = figure.subplots(1, 2)
-    for (name, states), colour in zip(layers.items(), COLOURS):
+    for (name, states), colour in zip(layers.items(), cycle(COLOURS)):
         places = [state["layer"] for state in states]
         low, high = ([state[f"norm_percentile_{p}"] for state in states] for p in (2, 98))
         norm.fill_between(places, low, high, alpha=0.2, color=colour, label=f"{name}: 2nd to 98th percentile")
@@ -58,7 +59,9 @@ def layer_curves(layers: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, 
     plain_ticks(norm.yaxis)
     for axes in (norm, share):
         _over_layers(axes)
-        axes.legend(fontsize=8)
+    # Below, one column per model: inside it would cover the curve of the largest norms.
+    columns = min(3, len(layers))
+    figure.legend(*norm.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=columns)
     figure.suptitle(fitted(title, 10))
     save(figure, path)
 
@@ -120,7 +123,7 @@ def sink_curves(tokens: Sequence[Mapping[str, Any]], path: Path, *, title: str) 
     """How much attention tokens get in every layer, against an even share, and in how many heads they are sinks."""
     figure = new_figure(11.5, 4.2)
     times, score = figure.subplots(1, 2)
-    for row, colour in zip(tokens, COLOURS):
+    for row, colour in zip(tokens, cycle(COLOURS)):
         places = range(1, len(row["score"]) + 1)
         times.plot(places, row["times_uniform"], "o-", markersize=3, color=colour, label=row["name"])
         score.plot(
@@ -150,7 +153,7 @@ def channel_curves(layers: Mapping[str, Sequence[Mapping[str, Any]]], path: Path
         ("sigma_outliers", "Beyond 6 standard deviations", "values per image", "linear"),
     )
     for axes, (key, heading, label, scale) in zip(figure.subplots(1, 3), drawn, strict=True):
-        for (name, states), colour in zip(layers.items(), COLOURS):
+        for (name, states), colour in zip(layers.items(), cycle(COLOURS)):
             places = [state["layer"] for state in states]
             values = [np.nan if state[key] is None else state[key] for state in states]  # not drawn
             axes.plot(places, values, "o-", markersize=3, color=colour, label=name)
