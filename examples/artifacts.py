@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     folder = Path(options.output_dir or options.model_dir)
     images = options.images or write_digits(folder / "held_out")
-    settings = AnalyzeSettings(how=Pass(batch_size=64))
+    settings = AnalyzeSettings(how=Pass(batch_size=64, overwrite=True))  # a model trained anew replaces the last
 
     results = analyze(options.model_dir, images, folder / "artifacts", settings)
     print(f"{lead(results)}\nreport: {folder / 'artifacts' / 'report.html'}")
@@ -60,6 +60,8 @@ def write_digits(folder: Path) -> Path:
     for index in range(len(test)):
         pixels, label = test[index]
         file = folder / test.class_names[label] / f"{index:03d}.png"
+        if file.is_file():
+            continue
         file.parent.mkdir(parents=True, exist_ok=True)
         PIL.Image.fromarray(pixels.movedim(0, -1).numpy()).save(file)
     return folder

@@ -12,7 +12,7 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 from vitreg_hf import ViTRegConfig, ViTRegForImageClassification, ViTRegImageProcessor, ViTRegModel
 from vitreg_hf.cli import main, parser
 
-PASS = {"--batch-size", "--image-size", "--on-corrupt-image"}
+PASS = {"--batch-size", "--image-size", "--on-corrupt-image", "--overwrite"}
 RULE = {"--cutoff", "--cutoff-value", "--layer"}
 OPTIONS = {
     "analyze": {"model", "images", "--no-probes", "--pictured"} | PASS | RULE,

@@ -117,6 +117,11 @@ def _add_pass(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--on-corrupt-image", choices=("raise", "skip"), default="raise", help="stop, or leave it out and list it"
     )
+    command.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace records of other images or another model",
+    )
 
 
 def _add_rule(command: argparse.ArgumentParser) -> None:
@@ -130,7 +135,7 @@ def _settings(options: argparse.Namespace) -> tuple[Any, Any]:
     from vitreg_hf.analysis.measure import Pass
     from vitreg_hf.analysis.outliers import OutlierRule
 
-    how = Pass(options.batch_size, options.image_size, options.on_corrupt_image)
+    how = Pass(options.batch_size, options.image_size, options.on_corrupt_image, options.overwrite)
     return how, OutlierRule(options.cutoff, options.cutoff_value, options.layer)
 
 

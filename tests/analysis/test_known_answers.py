@@ -233,7 +233,7 @@ class TestEveryNumber:
         assert (model["layers"], model["cls_tokens"], model["registers"]) == (LAYERS, 1, 2)
         assert model["patch_size"] == [PATCH, PATCH]
         assert (images["measured"], images["grid"], images["classes"]) == (12, [GRID, GRID], None)
-        assert images["how"] == {"batch_size": 5, "image_size": None, "on_corrupt_image": "raise"}
+        assert images["how"] == {"batch_size": 5, "image_size": None, "on_corrupt_image": "raise", "overwrite": False}
 
     def test_no_number_is_without_a_unit_and_none_was_left_out(self, report):
         written = json.loads((report[1] / "results.json").read_text())

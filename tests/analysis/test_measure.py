@@ -66,6 +66,14 @@ def test_records_of_something_else_are_refused(planted, planted_images, tmp_path
         measure(planted(), find_images(others), HOW, tmp_path)
 
 
+def test_records_of_something_else_are_replaced_when_asked(planted, planted_images, tmp_path):
+    files = find_images(planted_images)
+    measure(planted(planted=False), files, HOW, tmp_path)
+    records = measure(planted(), files, Pass(overwrite=True), tmp_path)
+    assert records.norms(4).max() > 40  # the planted ones
+    assert len(records.measured_images()) == 12
+
+
 def test_batch_size_and_policy_may_change_between_two_runs(planted, planted_images, tmp_path, monkeypatch):
     monkeypatch.setattr(measure_module, "_IMAGES_PER_FILE", 4)
     folder = tmp_path / "images"

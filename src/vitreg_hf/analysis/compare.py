@@ -29,7 +29,7 @@ _FEWEST_IMAGES = 20
 COMPARED = {
     "outlier_share": ("patches above the model's own cutoff", "% of an image's patches", 100),
     "largest_over_median": ("largest norm", "times the median of the image", 1),
-    "first_token_area": ("area that the first token attends to", "% of the image, exp(entropy) / patches", 100),
+    "first_token_area": ("area that the first token attends to", "% of the image", 100),
     "mass_on_registers": ("attention of the first token on registers", "%", 100),
     "received_by_outliers": ("attention that an outlier gets", "times an even share", 1),
 }

@@ -64,4 +64,6 @@ def difference_interval(
     """
     if len(first) != len(second):
         raise ValueError(f"Expected the same images for both models, got {len(first)} and {len(second)}")
-    return mean_interval(np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64), confidence=confidence)
+    return mean_interval(
+        np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64), confidence=confidence
+    )

@@ -43,6 +43,7 @@ class Pass:
     Attributes:
         batch_size: images at a time.
         image_size: side in pixels of the square that images are brought to; None for the size of the image processor.
+        overwrite: delete records of another model or other images in the output folder rather than refuse them.
         on_corrupt_image: `raise` stops at an image that cannot be decoded, `skip` leaves it out and lists it.
 
     Raises:
@@ -52,6 +53,7 @@ class Pass:
     batch_size: int = 8
     image_size: int | None = None
     on_corrupt_image: str = "raise"
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -178,7 +180,7 @@ def measure(subject: Subject, images: ImageFiles, how: Pass, folder: Path) -> Re
     # Neither the batch size nor what happens to corrupt images changes a record, so both may change between two runs.
     processor = hashlib.sha256(f"{subject.preprocess!r} {how.image_size}".encode()).hexdigest()[:16]
     facts = {"model": subject.name, "weights": fingerprint(subject), "image processor": processor}
-    records.claim({**facts, "images": images.fingerprint()})
+    records.claim({**facts, "images": images.fingerprint()}, how.overwrite)
     starts = range(0, len(images), _IMAGES_PER_FILE)
     todo = [start for start in starts if not records.holds(start)]
     left = sum(min(_IMAGES_PER_FILE, len(images) - start) for start in todo)

@@ -6,6 +6,7 @@ Shapes: n images, P patches; the first dimension of every record is images.
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,23 +57,29 @@ class Records:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def claim(self, identity: dict[str, Any]) -> None:
-        """Say what is measured here.
+    def claim(self, identity: dict[str, Any], overwrite: bool = False) -> None:
+        """Say what is measured here; records of the same are kept.
+
+        Args:
+            identity: what has to be equal for records to go together.
+            overwrite: delete records of something else.
 
         Raises:
-            ValueError: if something else was, naming what differs.
+            ValueError: if something else was measured here and is not to be overwritten, naming what differs.
         """
         file = self.folder / "identity.json"
         wanted = json.loads(json.dumps({"format": _FORMAT, **identity}))
-        if file.is_file():
-            found = json.loads(file.read_text())
-            differing = [name for name in wanted if found.get(name) != wanted[name]]
-            if differing:
-                raise ValueError(
-                    f"Expected records of the same {', '.join(differing)} in {self.folder}, got others: use another "
-                    "output folder, or delete the records to measure anew"
-                )
+        found = json.loads(file.read_text()) if file.is_file() else None
+        if found == wanted:
             return
+        if found is not None and not overwrite:
+            differing = ", ".join(name for name in wanted if found.get(name) != wanted[name])
+            raise ValueError(
+                f"Expected records of the same {differing} in {self.folder}, got others: use another output "
+                "folder, or --overwrite them"
+            )
+        if found is not None:
+            shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         unfinished = self.folder / ".identity.json.unfinished"
         unfinished.write_text(json.dumps(wanted))
