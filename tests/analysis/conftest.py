@@ -7,13 +7,16 @@ happens: other weights of attention and FFN are zero, so every number of a repor
 
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from vitreg_hf import ViTRegConfig, ViTRegImageProcessor, ViTRegModel
 from vitreg_hf.analysis.extract import subject_of
+from vitreg_hf.analysis.figures import canvas
 
 WIDTH, LAYERS, HEADS, PATCH, GRID = 32, 4, 2, 8, 4
 WRITING_BLOCK, CHANNEL, HEIGHT = 2, 31, 60.0  # the block counts from 1
@@ -113,3 +116,51 @@ def planted_images(tmp_path_factory, blue_patches):
     folder = tmp_path_factory.mktemp("planted") / "images"
     write_images(folder, blue_patches)
     return folder
+
+
+# Pictures
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """Path of a picture, and what is true of all pictures: nothing else is written, no global state changes."""
+    before, figures = dict(matplotlib.rcParams), []
+    created = Figure.__init__
+
+    def keep(self, *arguments, **options):
+        created(self, *arguments, **options)
+        figures.append(self)
+
+    monkeypatch.setattr(Figure, "__init__", keep)
+    monkeypatch.setattr(canvas, "_DOTS_PER_INCH", 60)  # fast
+    path = tmp_path / "a picture.png"
+    yield path, figures
+    assert [file.name for file in tmp_path.iterdir()] == ["a picture.png"]
+    assert dict(matplotlib.rcParams) == before
+    with PIL.Image.open(path) as picture:
+        picture.load()
+        assert picture.format == "PNG"
+        assert all(100 < side < 1_600 for side in picture.size)
+        assert len(picture.convert("RGB").getcolors(1_000_000)) > 20
+    assert_nothing_is_cut_off(figures[-1])
+
+
+def assert_nothing_is_cut_off(figure):
+    figure.draw_without_rendering()  # it was saved at another resolution
+    renderer = figure.canvas.get_renderer()
+    inside = figure.bbox
+    texts = [figure._suptitle] if figure._suptitle else []
+    for axes in figure.axes:
+        assert not any("$" in label for label in labels_of(axes.yaxis))  # no powers of ten
+        texts += [axes.title, axes.xaxis.label, axes.yaxis.label]
+    for text in texts:
+        if text.get_text():
+            box = text.get_window_extent(renderer)
+            assert box.x0 >= inside.x0 - 1, text.get_text()
+            assert box.x1 <= inside.x1 + 1, text.get_text()
+            assert box.y0 >= inside.y0 - 1, text.get_text()
+            assert box.y1 <= inside.y1 + 1, text.get_text()
+
+
+def labels_of(axis):
+    return [label.get_text() for label in axis.get_ticklabels() if label.get_text()]

@@ -1,46 +1,12 @@
 """Maps over images: every picture is written whole, also with nothing to see in it."""
 
-import matplotlib
 import numpy as np
-import PIL.Image
 import pytest
 import torch
-from matplotlib.figure import Figure
 
-from vitreg_hf.analysis.figures import canvas, maps
+from vitreg_hf.analysis.figures import maps
 
 LONG = "facebook/dinov2-with-registers-giant-imagenet1k-1-layer, a name that is far longer than a picture is wide"
-
-
-@pytest.fixture
-def drawn(tmp_path, monkeypatch):
-    """Path of a picture, and what is true of all pictures: nothing else is written, no global state changes."""
-    before, figures = dict(matplotlib.rcParams), []
-    created = Figure.__init__
-
-    def keep(self, *arguments, **options):
-        created(self, *arguments, **options)
-        figures.append(self)
-
-    monkeypatch.setattr(Figure, "__init__", keep)
-    monkeypatch.setattr(canvas, "_DOTS_PER_INCH", 60)  # fast
-    path = tmp_path / "a picture.png"
-    yield path, figures
-    assert [file.name for file in tmp_path.iterdir()] == ["a picture.png"]
-    assert dict(matplotlib.rcParams) == before
-    with PIL.Image.open(path) as picture:
-        picture.load()
-        assert picture.format == "PNG"
-        assert all(100 < side < 1_600 for side in picture.size)
-    assert_title_is_whole(figures[-1])
-
-
-def assert_title_is_whole(figure):
-    figure.draw_without_rendering()  # it was saved at another resolution
-    box = figure._suptitle.get_window_extent(figure.canvas.get_renderer())
-    assert box.x0 >= 0
-    assert box.x1 <= figure.bbox.x1
-    assert box.y1 <= figure.bbox.y1
 
 
 def photos(count, height=32, width=48):

@@ -59,7 +59,7 @@ def attention_figure(
             grid[row, column].set_title(f"{100 * shown.sum():.0f} % on patches", fontsize=8)
     for axes, name in zip(grid[0], ["input", *token_names], strict=True):
         axes.set_title(name if name == "input" else f"{name}\n{axes.get_title()}", fontsize=10)
-    colour_bar(figure, drawn, grid[:, 1:], "attention to a patch (probability, mean of heads)")
+    colour_bar(figure, drawn, grid[:, 1:], "attention to a patch\n(probability, mean of heads)")
     heading = (
         f"{title}\n% on patches: share of a token's attention on patches, the rest is on CLS and registers; "
         f"equal attention to all tokens of this model would be {equal_share:.3g} each"
