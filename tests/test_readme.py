@@ -9,6 +9,7 @@ import sys
 from PIL import Image
 
 from vitreg_hf import ViTRegForImageClassification, ViTRegImageProcessor
+from vitreg_hf.cli import parser
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -33,6 +34,20 @@ def test_the_code_of_the_readme_runs(make_config, tmp_path):
         p.name for p in (tmp_path / "mine").iterdir()
     }
     assert (tmp_path / "mine.onnx").stat().st_size > 0
+
+
+def test_the_code_of_the_page_on_analysis_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "analysis.md").read_text(), re.DOTALL)
+    found = {}
+    exec(code, found)
+    assert found["attention"].maps.shape == (2, 4, 5, 14, 14)
+    assert found["norms"].shape == (2, 196)
+
+
+def test_every_command_of_the_page_on_analysis_exists():
+    page = (ROOT / "docs" / "analysis.md").read_text()
+    commands = set(re.findall(r"`vitreg ([a-z]+)", page))
+    assert commands == set(parser()._subparsers._group_actions[0].choices)
 
 
 def test_every_file_of_the_tree_exists_and_is_in_it():
