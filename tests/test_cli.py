@@ -18,10 +18,19 @@ OPTIONS = {
     "analyze": {"model", "images", "--no-probes", "--pictured"} | PASS | RULE,
     "compare": {"first", "second", "images", "--pictured"} | PASS | RULE,
     "probe": {"model", "images", "--draws"} | PASS | RULE,
-    "discover": {"model", "annotations", "--split", "--no-hard", "--coco20k", "--no-sweep", "--resolution"}
+    "discover": {
+        "model",
+        "annotations",
+        "--overwrite",
+        "--split",
+        "--no-hard",
+        "--coco20k",
+        "--no-sweep",
+        "--resolution",
+    }
     | {"--feature", "--layer", "--normalize", "--bias"},
     "ablate": {"model", "images", "--tokens", "--modes"} | PASS | RULE,
-    "sinks": {"model", "--texts", "--batch-size", "--max-length"},
+    "sinks": {"model", "--overwrite", "--texts", "--batch-size", "--max-length"},
     "dataset": {"name", "--paper", "--config", "--split", "--image-column", "--label-column", "--at-most"},
 }
 
@@ -103,7 +112,7 @@ def test_compare_tells_what_differs(models, photos, tmp_path, capsys):
     assert rows["first_token_area"]["differs"]
     told = capsys.readouterr().out
     assert "plain differs from classifier in: " in told
-    assert "Too few images (under 20) have: attention of the first token on registers" in told
+    assert "Not in both models: attention of the first token on registers" in told
 
 
 def test_probe(models, photos, tmp_path, capsys):
@@ -154,6 +163,37 @@ def test_dataset_then_find(photos, tmp_path, capsys):
     assert "9 images in" in capsys.readouterr().out
 
 
+def test_a_folder_holds_one_report(models, photos, tmp_path, capsys):
+    model = str(models / "classifier")
+    assert main(["compare", model, str(models / "plain"), str(photos), "--output", str(tmp_path)]) == 0
+    assert main(["analyze", model, str(photos), "--output", str(tmp_path), "--no-probes"]) == 2
+    assert "a report of 'compare'" in capsys.readouterr().err
+    assert json.loads((tmp_path / "results.json").read_text())["report"] == "compare"
+    assert main(["analyze", model, str(photos), "--output", str(tmp_path), "--no-probes", "--overwrite"]) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["report"] == "analyze"
+    assert not (tmp_path / "differences.png").exists()
+
+
+def test_draws_do_not_depend_on_the_batch_size(models, photos, tmp_path):
+    drawn = []
+    for size in ("3", "20"):
+        command = ["probe", str(models / "classifier"), str(photos), "--output", str(tmp_path / size), "--draws", "2"]
+        assert main([*command, "--batch-size", size]) == 0
+        drawn.append(read(tmp_path / size)["sets"]["photos"]["normal"]["accuracies"])
+    assert drawn[0] == drawn[1]
+
+
+def test_records_that_are_cut_off_name_themselves(models, photos, tmp_path, capsys):
+    command = ["analyze", str(models / "classifier"), str(photos), "--output", str(tmp_path), "--no-probes"]
+    assert main(command) == 0
+    file = tmp_path / "records" / "00000000.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    assert main(command) == 2
+    assert "Expected whole records, got" in capsys.readouterr().err
+    file.unlink()
+    assert main(command) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -167,6 +207,8 @@ def test_dataset_then_find(photos, tmp_path, capsys):
         ),
         (["analyze", "{tmp}", "{photos}"], "config.json"),
         (["sinks", "{models}/classifier", "--texts", "{tmp}/none.txt"], "none.txt"),
+        (["sinks", "{models}/classifier", "--texts", "{models}/plain/config.json"], "Expected a text model"),
+        (["ablate", "{models}/classifier", "{photos}", "--tokens", "outliers"], "no outlier under this cutoff in 21"),
         (["ablate", "{models}/plain", "{photos}"], "registers"),
         (["probe", "{models}/plain", "{photos}/red"], "one folder per class"),
         (["discover", "{models}/plain", "{photos}"], "got"),

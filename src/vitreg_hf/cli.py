@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     discover.add_argument("--no-hard", action="store_true", help="leave difficult and truncated objects of VOC out")
     discover.add_argument("--coco20k", type=Path, metavar="LIST", help="file with the names of COCO20k; not VOC then")
     discover.add_argument("--no-sweep", action="store_true", help="the setting of the next four options alone")
+    _add_overwrite(discover)
     discover.add_argument("--feature", choices=("key", "query", "value"), default="key", help="default: key")
     discover.add_argument("--layer", type=int, default=-1, help="default: -1, the last")
     discover.add_argument("--normalize", action="store_true", help="compare by cosine rather than by dot product")
@@ -90,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
     sinks = _command(commands, "sinks", _sinks, "attention sinks and outlier channels of a text model")
     sinks.add_argument("model", help="folder or Hub id of a text model")
     sinks.add_argument("--texts", type=Path, required=True, help="UTF-8 file, one text per line")
+    _add_overwrite(sinks)
     sinks.add_argument("--batch-size", type=int, default=8, help="texts at a time (default: 8)")
     sinks.add_argument("--max-length", type=int, default=64, help="tokens after which a text is cut off (default: 64)")
 
@@ -117,11 +119,12 @@ def _add_pass(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--on-corrupt-image", choices=("raise", "skip"), default="raise", help="stop, or leave it out and list it"
     )
-    command.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace records of other images or another model",
-    )
+    _add_overwrite(command)
+
+
+def _add_overwrite(command: argparse.ArgumentParser) -> None:
+    told = "replace records and reports of something else in the output folder"
+    command.add_argument("--overwrite", action="store_true", help=told)
 
 
 def _add_rule(command: argparse.ArgumentParser) -> None:
@@ -178,7 +181,15 @@ def _discover(options: argparse.Namespace) -> None:
         annotated = read_voc(options.annotations, options.split, include_hard=not options.no_hard)
     sweep, size = not options.no_sweep, options.resolution
     default = LostSettings(options.feature, options.layer, options.normalize, options.bias)
-    results = discover(options.model, annotated, options.output, default=default, sweep=sweep, image_size=size)
+    results = discover(
+        options.model,
+        annotated,
+        options.output,
+        default=default,
+        sweep=sweep,
+        image_size=size,
+        overwrite=options.overwrite,
+    )
     for name in ("default", "best_on_the_same_images"):
         score = results[name]
         print(f"{name.replace('_', ' ')}: CorLoc {100 * score['corloc']['mean']:.1f} % ({score['setting']})")
@@ -201,8 +212,8 @@ def _sinks(options: argparse.Namespace) -> None:
     from vitreg_hf.analysis import text_report
     from vitreg_hf.analysis.studies import sinks
 
-    options.output.mkdir(parents=True, exist_ok=True)
-    results = sinks(options.model, options.texts, options.output, options.batch_size, options.max_length)
+    numbers = (options.batch_size, options.max_length, options.overwrite)
+    results = sinks(options.model, options.texts, options.output, *numbers)
     print(text_report.lead(results))
     _print_report(options.output)
 

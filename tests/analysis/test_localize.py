@@ -52,7 +52,7 @@ def plant(model, kernel, key):
     for name, parameter in model.named_parameters():
         if name.endswith(("patch_embeddings.projection.weight", "patch_embed.proj.weight")):
             parameter.copy_(kernel)
-        elif name.endswith("k_proj.weight"):
+        elif name.endswith(("k_proj.weight", "attention.key.weight")):
             parameter.copy_(key)
         elif name.endswith("qkv.weight"):
             parameter[WIDTH : 2 * WIDTH].copy_(key)

@@ -19,7 +19,7 @@ from vitreg_hf.analysis.images import ImageFiles, find_images
 from vitreg_hf.analysis.measure import Pass, decode, fingerprint, measure
 from vitreg_hf.analysis.outliers import OutlierRule, Outliers, find_outliers
 from vitreg_hf.analysis.records import Records
-from vitreg_hf.analysis.report import write_json, write_report
+from vitreg_hf.analysis.report import start_report, write_report, write_results
 from vitreg_hf.analysis.summary import summarize
 from vitreg_hf.analysis.token_probes import local_probes, token_table
 from vitreg_hf.analysis.units import UNITS
@@ -75,6 +75,7 @@ def analyze(
     files = images if isinstance(images, ImageFiles) else find_images(images, leave_out=folder)
     subject = load_vision(model) if isinstance(model, str) else model
     settings.rule.state(len(subject.anatomy.blocks))  # refuses a layer that does not exist
+    start_report(folder, "analyze", settings.how.overwrite)
     records = measure(subject, files, settings.how, folder / "records")
     grid = grid_of(subject, files, settings.how)
     outliers = find_outliers(records, settings.rule, len(subject.anatomy.blocks))
@@ -87,7 +88,7 @@ def analyze(
         "units": UNITS,
     }
     results["sinks"]["writer"] = writer(subject, files.first(_FOLLOWED_AT_MOST), settings.how)
-    write_json(folder / "results.json", results)
+    results = write_results(folder, "analyze", results)
     draw(subject, files.first(settings.pictured), settings.how, records, outliers, grid, results, folder)
     write_report(folder / "report.html", f"Artifacts of {subject.name}", lead(results), sections(results, folder))
     return results

@@ -8,6 +8,7 @@ from vitreg_hf.analysis.paper_datasets import PAPER_DATASETS
 from vitreg_hf.analysis.report import Picture, Section, Table, interval, number
 from vitreg_hf.analysis.token_probes import SAME_IMAGES
 
+_ENOUGH_PATCHES = 8_000  # from which the dip test finds a group of 2 % (tests/analysis/test_token_norms.py)
 _WRITES = 0.5  # of a value, that an FFN has to add to be called its writer
 
 CAPTIONS = {
@@ -44,26 +45,32 @@ def lead(results: dict[str, Any]) -> str:
     found, model = results["outliers"], results["model"]
     registers = f"{model['registers']} registers" if model["registers"] != 1 else "1 register"
     share, groups = interval(found["share"], factor=100, unit="%"), found["two_groups"]
-    p_value, count = number(groups["p_value"]), groups["n"]
+    p_value, count = _probability(groups["p_value"]), groups["n"]
     if groups["found"]:
-        verdict = f"Artifacts: yes. Norms fall into two groups, {_apart(groups)} (dip test p = {p_value})"
+        verdict = f"Artifacts: yes. Norms fall into two groups, {_apart(groups)} (dip test p {p_value})"
     elif groups["probably"]:
         verdict = (
             f"Artifacts: probably. Two groups of norms, {_apart(groups)}, fit better than one, but the dip test "
             "cannot "
-            f"tell them from one group with {count} patches (p = {p_value}): take more images"
+            f"tell them from one group with {count} patches (p {p_value}): take more images"
         )
     else:
         verdict = (
             "Artifacts: none found. Norms do not fall into two groups at least three-fold apart (the best split: "
-            f"{_apart(groups)}, dip test p = {p_value}, {count} patches)"
+            f"{_apart(groups)}, dip test p {p_value}, {count} patches)"
         )
+    if not groups["found"] and count < _ENOUGH_PATCHES:
+        verdict += "; with so few, the test finds only groups that are large"
     verdict = f"{verdict}. {share} of an image's patches are above the cutoff."
     return (
         f"{model['name']} ({model['family']}, {model['layers']} layers, {registers}) on "
         f"{results['images']['measured']} "
         f"images of {results['images']['grid'][0]} x {results['images']['grid'][1]} patches. {verdict}"
     )
+
+
+def _probability(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"= {number(value)}"
 
 
 def _apart(groups: dict[str, Any]) -> str:
@@ -128,10 +135,13 @@ def _outlier_table(results: dict[str, Any]) -> Table:
         ),
         (
             "dip test",
-            f"p = {number(groups['p_value'])}, BIC gain of two Gaussians {number(groups['bic_gain'])} "
+            f"p {_probability(groups['p_value'])}, BIC gain of two Gaussians {number(groups['bic_gain'])} "
             f"(n = {groups['n']} patches)",
         ),
-        ("first layer with half of them", "-" if found["first_layer"] is None else str(found["first_layer"])),
+        (
+            "first layer with half of the final share of outliers",
+            "-" if found["first_layer"] is None else str(found["first_layer"]),
+        ),
         ("on the border (% of outliers; of all patches)", _border(found)),
         ("similarity to neighbours, outliers", interval(similar["outlier"])),
         ("similarity to neighbours, normal patches", interval(similar["normal"])),
@@ -160,9 +170,9 @@ def _layer_table(results: dict[str, Any]) -> Table:
 def _what_they_hold(results: dict[str, Any]) -> list[Section]:
     tables = []
     if results["probes"] is not None:
-        tables.append(_local_table(results["probes"]))
+        tables.append(_local_table(results["probes"], results["images"]["grid"]))
     if results["classification"] is not None:
-        tables.append(_global_table(results["classification"]))
+        tables.append(global_table(results["classification"]))
     text = [
         "Linear models read position and pixels off single patches (the paper's Fig. 5b), and the class of the "
         "image off "
@@ -171,7 +181,7 @@ def _what_they_hold(results: dict[str, Any]) -> list[Section]:
     return [Section("What outliers hold", text, tables)] if tables else []
 
 
-def _local_table(probes: dict[str, Any]) -> Table:
+def _local_table(probes: dict[str, Any], grid: list[int]) -> Table:
     rows = [
         (
             kind,
@@ -182,10 +192,15 @@ def _local_table(probes: dict[str, Any]) -> Table:
         for kind, scores in probes.items()
     ]
     header = ("patches", "position, top-1 (%)", "position, distance (patches)", "pixels, L2 error (RGB 0 to 1)")
-    return Table(header, rows, "Scored on images that the probes were not trained on; 95 % intervals over images.")
+    caption = (
+        "Scored on images that the probes were not trained on; 95 % intervals over images. Guessing a position "
+        f"gives {number(100 / (grid[0] * grid[1]))} %; the error is the norm over all pixels and colours of a patch."
+    )
+    return Table(header, rows, caption)
 
 
-def _global_table(scores: dict[str, Any]) -> Table:
+def global_table(scores: dict[str, Any]) -> Table:
+    """Accuracy from one token, by kind, of one set of images: what `token_probes.token_table` returned."""
     rows = []
     for kind in ("CLS", "normal", "outlier", SAME_IMAGES, "register"):
         row = scores.get(kind)

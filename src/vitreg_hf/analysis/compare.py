@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vitreg_hf.analysis.analyze import AnalyzeSettings, describe, describe_images, grid_of
-from vitreg_hf.analysis.artifact_pictures import look_at, short
+from vitreg_hf.analysis.artifact_pictures import Pictured, look_at, short
 from vitreg_hf.analysis.extract import Subject, load_vision
 from vitreg_hf.analysis.figures import curves, maps
 from vitreg_hf.analysis.images import ImageFiles, find_images
@@ -18,9 +18,19 @@ from vitreg_hf.analysis.intervals import CONFIDENCE, difference_interval, mean_i
 from vitreg_hf.analysis.measure import measure
 from vitreg_hf.analysis.outliers import Outliers, find_outliers, per_image
 from vitreg_hf.analysis.records import Records
-from vitreg_hf.analysis.report import Picture, Section, Table, interval, number, write_json, write_report
+from vitreg_hf.analysis.report import (
+    Picture,
+    Section,
+    Table,
+    interval,
+    number,
+    start_report,
+    write_report,
+    write_results,
+)
 from vitreg_hf.analysis.summary import summarize
 
+_DIFFERS = {True: "yes", False: "no difference", None: "too few images"}
 # With fewer, percentile bootstraps find differences of models that do not differ far too often.
 _FEWEST_IMAGES = 20
 
@@ -62,6 +72,7 @@ def compare(
     for subject in subjects:
         settings.rule.state(len(subject.anatomy.blocks))  # refuses a layer that does not exist
     names = _distinct([subject.name for subject in subjects])
+    start_report(folder, "compare", settings.how.overwrite)
     measured = [
         measure(subject, files, settings.how, folder / f"records-{letter}")
         for subject, letter in zip(subjects, "ab", strict=True)
@@ -81,7 +92,7 @@ def compare(
             for name, records, subject, grid in zip(names, measured, subjects, grids, strict=True)
         },
     }
-    write_json(folder / "results.json", results)
+    results = write_results(folder, "compare", results)
     _draw(subjects, names, files.first(settings.pictured), settings, measured, outliers, results, folder)
     title = f"{names[0]} and {names[1]}"
     write_report(folder / "report.html", title, lead(results), sections(results, folder))
@@ -122,12 +133,17 @@ def differences(records: list[Records], outliers: list[Outliers], names: list[st
     return rows
 
 
+def _tokens(looked: Pictured) -> int:
+    return looked.prefix.shape[2] + looked.norms[0].numel()
+
+
 def lead(results: dict[str, Any]) -> str:
     """What differs and what does not, in one paragraph."""
     rows, (first, second) = results["differences"], results["models"]
     told = [f"{r['name']}: {interval(r['difference'], unit=r['unit'])}" for r in rows if r["differs"]]
     same = [row["name"] for row in rows if row["differs"] is False]
-    few = [row["name"] for row in rows if row["differs"] is None]
+    none = [row["name"] for row in rows if row["difference"]["n"] == 0]
+    few = [row["name"] for row in rows if row["differs"] is None and row["difference"]["n"] > 0]
     parts = [f"On the same {results['images']['measured']} images,"]
     if told:
         parts.append(f"{second} differs from {first} in: {'; '.join(told)}.")
@@ -135,6 +151,7 @@ def lead(results: dict[str, Any]) -> str:
     else:
         parts.append(f"{first} and {second}: {'no difference' if same else 'nothing that could be told'}.")
     parts += [f"Too few images (under {_FEWEST_IMAGES}) have: {'; '.join(few)}."] if few else []
+    parts += [f"Not in both models: {'; '.join(none)}."] if none else []
     return " ".join(parts)
 
 
@@ -147,7 +164,7 @@ def sections(results: dict[str, Any], folder: Path) -> list[Section]:
             interval(row[names[0]]),
             interval(row[names[1]]),
             interval(row["difference"]),
-            {True: "yes", False: "no difference", None: "too few images"}[row["differs"]],
+            _DIFFERS[row["differs"]] if row["difference"]["n"] else "not in both",
         )
         for row in results["differences"]
     ]
@@ -175,8 +192,8 @@ def sections(results: dict[str, Any], folder: Path) -> list[Section]:
         "norms": "Norms of patches of both models; each has a cutoff of its own.",
         "layers": "Norms and outliers after every layer of both models.",
         "channels": "Large values of the residual stream of both models.",
-        "maps": "Norms of patches on the image, each model on a scale of its own from 0 to its largest.",
-        "attention": "What the first token attends to in the last layer, both models on one scale.",
+        "maps": "Norms of patches on the image, each model on a scale from 0 to the largest of its own here.",
+        "attention": "What the first token attends to in the last layer, as multiples of an even share, on one scale.",
     }
     shown = [Picture(folder / f"{n}.png", text) for n, text in pictures.items() if (folder / f"{n}.png").is_file()]
     return [
@@ -215,10 +232,11 @@ def _draw(
         folder / "maps.png",
         captions=captions,
         title="Norms of patches",
-        label="norm / largest norm of that model",
+        label="norm / largest norm of these images, per model",
     )
     if all(subject.layout.num_prefix for subject in subjects):
-        attention = [one.prefix[:, :, 0].mean(dim=1).numpy() for one in looked]
+        # Models differ in how many tokens share the attention, so both are drawn as multiples of an even share.
+        attention = [one.prefix[:, :, 0].mean(dim=1).numpy() * _tokens(one) for one in looked]
         heading = [f"{s.anatomy.prefix_names[0]}, {name}" for s, name in zip(subjects, names, strict=True)]
         maps.map_sheet(
             [(head, map_, "viridis") for head, map_ in zip(heading, attention, strict=True)],
@@ -226,5 +244,5 @@ def _draw(
             folder / "attention.png",
             captions=captions,
             title="Attention in the last layer",
-            label="attention to a patch (mean of heads)",
+            label="attention to a patch / even share\n(mean of heads)",
         )

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from vitreg_hf.analysis.foreign import Anatomy, anatomy_of
+from vitreg_hf.analysis.foreign import TEXT_PATHS, Anatomy, anatomy_of
 from vitreg_hf.analysis.recorder import AttentionCall, Readers, Recording, recording
 from vitreg_hf.model.token_layout import TokenLayout
 
@@ -74,6 +74,10 @@ def load_vision(name: str, device: str | None = None) -> Subject:
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
     config = AutoConfig.from_pretrained(name)
+    if config.model_type in TEXT_PATHS:
+        raise ValueError(
+            f"Expected a vision model, got {name!r}, a text model ({config.model_type}): see vitreg sinks"
+        )
     classifies = any(kind.endswith("ForImageClassification") for kind in config.architectures or ())
     auto_class = AutoModelForImageClassification if classifies else AutoModel
     model = auto_class.from_pretrained(name, config=config)
@@ -86,13 +90,14 @@ def load_vision(name: str, device: str | None = None) -> Subject:
 
 def load_text(name: str, device: str | None = None) -> Subject:
     """Load a text model, without its head, and its tokenizer, by folder or Hub id."""
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+    kind = AutoConfig.from_pretrained(name).model_type
+    if kind not in TEXT_PATHS:
+        known = ", ".join(TEXT_PATHS)
+        raise ValueError(f"Expected a text model of a known family ({known}), got {name!r} of the family {kind!r}")
     model, tokenizer = AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-    subject = subject_of(model, tokenizer, _short(name), device)
-    if subject.anatomy.layout is not None:
-        raise ValueError(f"Expected a text model, got {name!r} of the vision family {subject.anatomy.family!r}")
-    return subject
+    return subject_of(model, tokenizer, _short(name), device)
 
 
 def _short(name: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 Arrays = dict[str, NDArray[Any]]
@@ -43,8 +43,13 @@ class _File(Batch):
         return len(self._names())
 
     def _names(self) -> list[str]:
-        with safe_open(self.file, framework="numpy") as content:
-            return list(content.keys())
+        try:
+            with safe_open(self.file, framework="numpy") as content:
+                return list(content.keys())
+        except SafetensorError as error:
+            raise ValueError(
+                f"Expected whole records, got {str(self.file)!r} ({error}): delete it, and run again"
+            ) from error
 
 
 class Records:

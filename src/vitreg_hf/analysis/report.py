@@ -49,6 +49,39 @@ class Section:
     pictures: Sequence[Picture] = field(default=())
 
 
+def start_report(folder: Path, kind: str, overwrite: bool = False) -> None:
+    """Make a folder ready for a report: an older page and its pictures go, so that old and new never mix.
+
+    Args:
+        folder: made if it does not exist.
+        kind: name of the report, which `write_results` leaves behind.
+        overwrite: replace a report of another kind.
+
+    Raises:
+        ValueError: if the folder is a file, or holds a report of another kind that is not to be overwritten.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"Expected a folder for the report, got the file {str(folder)!r}")
+    results, page = folder / "results.json", folder / "report.html"
+    found = json.loads(results.read_text()).get("report", "another kind") if results.is_file() else None
+    found = found or ("another kind" if page.is_file() else None)
+    if found not in (None, kind) and not overwrite:
+        raise ValueError(
+            f"Expected a folder without another report, got {str(folder)!r} with a report of {found!r}: use another "
+            "output folder, or overwrite=True (--overwrite)"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in [page, results, *folder.glob("*.png")] if found is not None else []:
+        old.unlink(missing_ok=True)
+
+
+def write_results(folder: Path, kind: str, content: dict[str, Any]) -> dict[str, Any]:
+    """Write `results.json` into the folder of a report; returns what stands there: its kind, and `content`."""
+    named = {"report": kind, **content}
+    write_json(folder / "results.json", named)
+    return named
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON, complete or not at all; numbers that JSON does not know (NaN, infinity) become null."""
     _write(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")

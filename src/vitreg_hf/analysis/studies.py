@@ -13,7 +13,7 @@ from vitreg_hf.analysis.ablations import Kind, Mode, ablate, has_head
 from vitreg_hf.analysis.analyze import describe, describe_images, grid_of
 from vitreg_hf.analysis.annotations import AnnotatedImage
 from vitreg_hf.analysis.artifact_pictures import short
-from vitreg_hf.analysis.artifact_sections import paper_table
+from vitreg_hf.analysis.artifact_sections import global_table, paper_table
 from vitreg_hf.analysis.extract import Subject, load_text, load_vision
 from vitreg_hf.analysis.figures.objects import boxes_figure
 from vitreg_hf.analysis.images import ImageFiles, find_images, labelled_split
@@ -21,7 +21,7 @@ from vitreg_hf.analysis.localize import ImageSize, discover_objects, lost_on_fil
 from vitreg_hf.analysis.measure import Pass, decode, measure
 from vitreg_hf.analysis.object_discovery import PAPER_DEFAULT, LostSettings, sweep_settings
 from vitreg_hf.analysis.outliers import OutlierRule, find_outliers
-from vitreg_hf.analysis.report import Picture, Section, write_json, write_report
+from vitreg_hf.analysis.report import Picture, Section, start_report, write_report, write_results
 from vitreg_hf.analysis.text_sinks import analyze_text, read_texts
 from vitreg_hf.analysis.token_probes import token_table
 
@@ -49,6 +49,7 @@ def probe(
     if missing := [name for name, one in files.items() if one.labels is None]:
         raise ValueError(f"Expected one folder per class (or train and test) in {', '.join(missing)}, got none")
     subject = load_vision(model) if isinstance(model, str) else model
+    start_report(output, "probe", how.overwrite)
     rows = {}
     for name, images in files.items():
         records = measure(subject, images, how, output / "records" / name)
@@ -60,9 +61,10 @@ def probe(
             **token_table(subject, images, how, outliers, draws),
         }
     results = {"model": describe(subject), "rule": asdict(rule), "draws": draws, "sets": rows}
-    write_json(output / "results.json", results)
+    results = write_results(output, "probe", results)
     lead = f"{subject.name} on {', '.join(rows)}: image classification from one token per image, {draws} draws."
-    table = [Section("Table 1", [], [paper_table(rows)])]
+    each = [Section(name, [], [global_table(row)]) for name, row in rows.items()]
+    table = [Section("Table 1", [], [paper_table(rows)]), *each]
     write_report(output / "report.html", f"What tokens of {subject.name} tell", lead, table)
     return results
 
@@ -76,6 +78,7 @@ def discover(
     sweep: bool = True,
     image_size: ImageSize = "original",
     pictured: int = 5,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """CorLoc of LOST on annotated images, for the authors' default and for a sweep, with boxes drawn.
 
@@ -87,13 +90,14 @@ def discover(
         sweep: try keys, queries and values of the last four layers, raw and normalised, with biases.
         image_size: see `localize.discover_objects`.
         pictured: images that are drawn.
+        overwrite: replace a report of another kind in the output folder.
     """
     subject = load_vision(model) if isinstance(model, str) else model
+    start_report(output, "discover", overwrite)
     layers = tuple(range(-1, -min(4, len(subject.anatomy.blocks)) - 1, -1))
     settings = sweep_settings(layers=layers) if sweep else [default]
     results = discover_objects(subject, annotated, settings=settings, default=default, image_size=image_size)
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "results.json", results)
+    results = write_results(output, "discover", results)
     shown = [one for one in annotated if one.boxes][:pictured]
     _draw_boxes(subject, shown, default, image_size, output / "boxes.png")
     picture = Picture(output / "boxes.png", "The setting that was fixed beforehand; dashed: the box that was found.")
@@ -142,6 +146,7 @@ def ablate_images(
     files = labelled_split(files)[0] if files.labels is not None else files  # all images of train and test, if given
     subject = load_vision(model) if isinstance(model, str) else model
     state, threshold = rule.state(len(subject.anatomy.blocks)), None
+    start_report(output, "ablate", how.overwrite)
     if kind == "outliers":
         records = measure(subject, files, how, output / "records")
         threshold = find_outliers(records, rule, len(subject.anatomy.blocks)).threshold
@@ -159,9 +164,13 @@ def ablate_images(
     # Labels count images, and an image that is left out would shift them.
     labels = _labels(files, subject) if how.on_corrupt_image == "raise" else None
     results = ablate(subject, batches, kind=kind, modes=modes, labels=labels, threshold=threshold, state=state)
+    if results["images_without"] == results["images"]:
+        found = "no outlier under this cutoff" if kind == "outliers" else "none"
+        raise ValueError(
+            f"Expected {kind} in at least one image to replace, got {found} in {results['images']} images"
+        )
     results["labels"] = "folders" if labels is not None else None
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "results.json", results)
+    results = write_results(output, "ablate", results)
     lead = f"{subject.name}: {kind} of {results['images']} images replaced at the input of every block."
     write_report(output / "report.html", f"Ablations of {subject.name}", lead, ablations.sections(results))
     return results
@@ -179,7 +188,9 @@ def _labels(files: ImageFiles, subject: Subject) -> list[int] | None:
     return [int(known[files.class_names[label]]) for label in files.labels]
 
 
-def sinks(model: str, texts: Path, output: Path, batch_size: int = 8, max_length: int = 64) -> dict[str, Any]:
+def sinks(
+    model: str, texts: Path, output: Path, batch_size: int = 8, max_length: int = 64, overwrite: bool = False
+) -> dict[str, Any]:
     """Attention sinks and outlier channels of a text model, on the lines of a file; see `text_sinks.analyze_text`."""
-    lines = read_texts(texts)
-    return analyze_text(load_text(model), lines, output, batch_size=batch_size, max_length=max_length)
+    lines, subject = read_texts(texts), load_text(model)
+    return analyze_text(subject, lines, output, batch_size=batch_size, max_length=max_length, overwrite=overwrite)

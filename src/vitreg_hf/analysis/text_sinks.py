@@ -32,7 +32,7 @@ from vitreg_hf.analysis.figures.sinks import (
 )
 from vitreg_hf.analysis.measure import fingerprint
 from vitreg_hf.analysis.records import Records
-from vitreg_hf.analysis.report import Picture, write_json, write_report
+from vitreg_hf.analysis.report import Picture, start_report, write_report, write_results
 from vitreg_hf.analysis.text_batches import (
     Numbers,
     follow_largest,
@@ -81,6 +81,7 @@ def analyze_text(
     max_length: int = 64,
     logit_length: int = 16,
     logit_texts: int = 256,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Measure the attention sinks and outlier channels of a text model, draw and report them.
 
@@ -91,6 +92,7 @@ def analyze_text(
         batch_size: texts at a time; decides nothing but speed and memory.
         max_length: tokens, special ones included, after which a text is cut off. The sink score's paper has 64.
         logit_length: tokens of the texts whose logits are averaged; 16 in StreamingLLM.
+        overwrite: replace records of something else, and a report of another kind, in the output folder.
         logit_texts: the first so many texts that are long enough for that; 256 in StreamingLLM.
 
     Returns:
@@ -101,10 +103,11 @@ def analyze_text(
             `output` holds records of something else.
     """
     _check(subject, texts, batch_size, max_length, logit_length, logit_texts)
+    start_report(output, "sinks", overwrite)
     # A tokenizer remembers how it was called last.
     subject = replace(subject, preprocess=copy.deepcopy(subject.preprocess))
     lengths = {"max_length": max_length, "logit_length": logit_length, "logit_texts": logit_texts}
-    numbers = merge(measure_texts(subject, texts, output / "records", batch_size, **lengths))
+    numbers = merge(measure_texts(subject, texts, output / "records", batch_size, overwrite=overwrite, **lengths))
     if "length" not in numbers:
         raise ValueError(f"Expected at least one text of {_FEWEST_TOKENS} tokens or more, got none in {len(texts)}")
     results = {"model": _facts(subject, numbers), **text_report.summarize(numbers)}
@@ -113,7 +116,7 @@ def analyze_text(
     results["massive"] = _massive(subject, texts, numbers, max_length)
     results["no_op"], drawn = _idle_head(subject, texts, numbers, max_length)
     pictures = draw(results, mean_logits(numbers), drawn, output)
-    write_json(output / "results.json", results)
+    results = write_results(output, "sinks", results)
     title = f"Attention sinks of {results['model']['name']}"
     write_report(output / "report.html", title, text_report.lead(results), text_report.sections(results, pictures))
     return results
@@ -147,6 +150,7 @@ def measure_texts(
     max_length: int,
     logit_length: int,
     logit_texts: int,
+    overwrite: bool = False,
 ) -> Records:
     """Measure every text, or those that an interrupted run has not measured yet; arguments as of `analyze_text`.
 
@@ -158,7 +162,7 @@ def measure_texts(
     vocabulary = [type(tokenizer).__name__, len(tokenizer), str(tokenizer.special_tokens_map)]
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     model = {"model": subject.name, "weights": fingerprint(subject), "tokenizer": vocabulary}
-    records.claim({"measured": "texts", **model, "texts": digest, **lengths})
+    records.claim({"measured": "texts", **model, "texts": digest, **lengths}, overwrite)
     wanted = logit_texts - sum(int(record["sum_logit_texts"]) for record in records)
     with tqdm(total=len(texts), desc=f"Measuring {subject.name}", unit="text") as bar:
         for start in range(0, len(texts), _TEXTS_PER_RECORD):

@@ -97,10 +97,7 @@ def local_probes(
     Raises:
         ValueError: if there are too few images to train and to score.
     """
-    generator = torch.Generator().manual_seed(seed)
-    chosen = [
-        _local_tokens(batch, grid, generator) for batch in token_batches(subject, images, how, outliers, "Tokens")
-    ]
+    chosen = [_local_tokens(batch, grid, seed) for batch in token_batches(subject, images, how, outliers, "Tokens")]
     features, positions, pixels, image, outlier = (torch.cat(parts) for parts in zip(*chosen, strict=True))
     place = position_probe(features, positions, grid, image, generator=torch.Generator().manual_seed(seed))
     picture = reconstruction_probe(features, pixels, image, generator=torch.Generator().manual_seed(seed))
@@ -118,9 +115,9 @@ def local_probes(
     }
 
 
-def _local_tokens(batch: TokenBatch, grid: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, ...]:
+def _local_tokens(batch: TokenBatch, grid: tuple[int, int], seed: int) -> tuple[Tensor, ...]:
     """Features, positions, pixels, image index and kind of some outliers and some normal patches of each image."""
-    order = torch.rand(batch.outliers.shape, generator=generator)
+    order = torch.stack([torch.rand(len(o), generator=g) for o, g in zip(batch.outliers, _generators(batch, seed))])
     chosen = torch.zeros_like(batch.outliers)
     for kind in (batch.outliers, ~batch.outliers):
         rank = order.masked_fill(~kind, 2).argsort(dim=1).argsort(dim=1)
@@ -165,10 +162,7 @@ def token_table(
             0
         ]
         files, labels, for_training = files.only(kept.tolist()), labels[kept], for_training[kept]
-    generator = torch.Generator().manual_seed(seed)
-    rows = [
-        _drawn(batch, draws, generator) for batch in token_batches(subject, files, how, outliers, "Tokens of images")
-    ]
+    rows = [_drawn(batch, draws, seed) for batch in token_batches(subject, files, how, outliers, "Tokens of images")]
     index = torch.cat([row.pop("index") for row in rows])
     tokens = {kind: torch.cat([row[kind] for row in rows]) for kind in rows[0]}  # (n, K, D), NaN where there is none
     return {kind: _accuracy(drawn, labels[index], for_training[index], seed) for kind, drawn in tokens.items()} | {
@@ -177,22 +171,30 @@ def token_table(
     }
 
 
-def _drawn(batch: TokenBatch, draws: int, generator: torch.Generator) -> dict[str, Tensor]:
+def _generators(batch: TokenBatch, seed: int) -> list[torch.Generator]:
+    """One generator per image, that what is drawn of it does not depend on the batch that it is in."""
+    states = (np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] for index in batch.indices)
+    return [torch.Generator().manual_seed(int(state) >> 1) for state in states]
+
+
+def _drawn(batch: TokenBatch, draws: int, seed: int) -> dict[str, Tensor]:
     """K random tokens of each kind of each image, `(B, K, D)`; [CLS] is one and the same, `(B, 1, D)`."""
-    kinds = {"normal": _draw(batch.patches, ~batch.outliers, draws, generator)}
-    kinds["outlier"] = _draw(batch.patches, batch.outliers, draws, generator)
+    generators = _generators(batch, seed)
+    kinds = {"normal": _draw(batch.patches, ~batch.outliers, draws, generators)}
+    kinds["outlier"] = _draw(batch.patches, batch.outliers, draws, generators)
     has_outlier = batch.outliers.any(dim=1)[:, None, None]
     kinds[SAME_IMAGES] = kinds["normal"].masked_fill(~has_outlier, torch.nan)  # for a comparison on equal images
     if batch.registers is not None:
         all_of_them = torch.ones(batch.registers.shape[:2], dtype=torch.bool)
-        kinds["register"] = _draw(batch.registers, all_of_them, draws, generator)
+        kinds["register"] = _draw(batch.registers, all_of_them, draws, generators)
     if batch.cls is not None:
         kinds = {"CLS": batch.cls[:, None], **kinds}
     return {**kinds, "index": torch.tensor(batch.indices)}
 
 
-def _draw(tokens: Tensor, mask: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    chosen = torch.stack([choose_one(mask, generator) for _ in range(draws)], dim=1)  # (B, K)
+def _draw(tokens: Tensor, mask: Tensor, draws: int, generators: list[torch.Generator]) -> Tensor:
+    of_images = zip(mask.expand(draws, -1, -1).unbind(1), generators, strict=True)  # K rows of one image at a time
+    chosen = torch.stack([choose_one(rows, generator) for rows, generator in of_images])  # (B, K)
     picked = tokens[torch.arange(len(tokens))[:, None], chosen.clamp(min=0)]
     return picked.masked_fill((chosen < 0)[..., None], torch.nan)
 
