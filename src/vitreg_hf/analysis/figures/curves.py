@@ -177,9 +177,9 @@ def differences(rows: Sequence[Mapping[str, Any]], first: str, second: str, path
         axes.axvline(0, color="black", linewidth=0.8)
         axes.plot([low, high], [0, 0], color=colour, linewidth=3)
         axes.plot([mean], [0], "o", color=colour)
-        width = max(abs(low), abs(high), 1e-12) * 1.25
+        width = (max(abs(low), abs(high)) or 1.0) * 1.25
         axes.set(xlim=(-width, width), yticks=[0], yticklabels=[f"{row['name']} ({row['unit']})"], ylim=(-1, 1))
         axes.tick_params(labelsize=8)
-    heading = f"{title}\n{second} minus {first}, mean and 95 % interval; red: the interval excludes 0"
+    heading = f"{title}\n{second} minus {first}, mean and interval (all hold in 95 % of cases); red: excludes 0"
     figure.suptitle(fitted(heading, 8.5, 10), fontsize=10)
     save(figure, path)
