@@ -32,7 +32,7 @@ from transformers.hf_argparser import DataClassType
 
 from vitreg_hf import ViTRegConfig, ViTRegForImageClassification, ViTRegImageProcessor
 from vitreg_hf.analysis.figures import training_curve
-from vitreg_hf.hub import render_card, save_card
+from vitreg_hf.hub.cards import render_card, save_card
 from vitreg_hf.training.augmentation import EvaluationTransform, Mixing, TrainingTransform, mixing
 from vitreg_hf.training.checkpointing import (
     Progress,

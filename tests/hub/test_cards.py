@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 import vitreg_hf
-from vitreg_hf.hub import render_card, save_card
+from vitreg_hf.hub.cards import render_card, save_card
 
 FACTS = {
     "model": {

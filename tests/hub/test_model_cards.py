@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from vitreg_hf.hub import render_card
+from vitreg_hf.hub.cards import render_card
 
-FOLDERS = sorted(p for p in (pathlib.Path(__file__).parents[1] / "model_cards").iterdir() if p.is_dir())
+FOLDERS = sorted(p for p in (pathlib.Path(__file__).parents[2] / "model_cards").iterdir() if p.is_dir())
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
