@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +31,9 @@ from transformers.hf_argparser import DataClassType
 
 from vitreg_hf import ViTRegConfig, ViTRegForImageClassification, ViTRegImageProcessor
 from vitreg_hf.analysis.figures import training_curve
-from vitreg_hf.hub.cards import render_card, save_card
+from vitreg_hf.analysis.weights import fingerprint
+from vitreg_hf.hub.cards import card_of, save_card
+from vitreg_hf.hub.publish import PublishError, check_access, publish
 from vitreg_hf.training.augmentation import EvaluationTransform, Mixing, TrainingTransform, mixing
 from vitreg_hf.training.checkpointing import (
     Progress,
@@ -79,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     (settings,) = HfArgumentParser(DataClassType(ImageClassificationSettings)).parse_args_into_dataclasses(argv)
     config = settings.model_config()
+    if settings.push_to_hub:
+        settings.hub_model_id = check_access(settings.hub_model_id or f"vitreg-{settings.source_name()}")
     checkpoints = settings.output_folder / "checkpoints"
     checkpoint = checkpoint_to_resume(settings.resume_from_checkpoint, checkpoints)
     accelerator = create_accelerator(settings)
@@ -121,11 +124,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             **describe_training(settings, accelerator, model, progress),
             "data": describe_data(data, skipped=sorted(str(one) for one in unreadable)),
             "metrics": metrics,
+            "speed": describe_speed(model, processor),
+            "license": settings.hub_license,
             "command": shlex.join(["python", *sys.argv]),
         }
+        results["model"]["weights"] = fingerprint(model)
         results["seconds"]["total"] = before + time.perf_counter() - started
-        save(settings.output_folder, model, processor, results)
+        save(settings, model, processor, results)
     accelerator.end_training()
+    if settings.push_to_hub and accelerator.is_main_process:
+        push(settings)
 
 
 def train_epoch(run: Training, epoch: int) -> dict[str, float | None]:
@@ -259,15 +267,20 @@ def fixed_settings(run: Training, data: ImageClassificationData) -> dict[str, An
     return fixed | launch | {"train_images": len(data.train), "classes": data.class_names}
 
 
-def save(folder: Path, model: PreTrainedModel, processor: ViTRegImageProcessor, results: dict[str, Any]) -> None:
+def save(
+    settings: ImageClassificationSettings,
+    model: PreTrainedModel,
+    processor: ViTRegImageProcessor,
+    results: dict[str, Any],
+) -> None:
     """Write everything into the output folder at once, and say what is where."""
+    folder = settings.output_folder
     with staged_folder(folder) as staging:
         model.save_pretrained(staging)
         processor.save_pretrained(staging)
         training_curve(results, staging / "training_curve.png")
-        own_license = "apache-2.0" if results["data"]["source"] == "digits" else None  # other weights are not ours
-        save_card(render_card(results, str(folder), own_license, training_curve="training_curve.png"), staging)
         write_results(results, staging / "results.json")
+        save_card(card_of(staging, settings.hub_model_id or str(folder)), staging)
     metrics, seconds = results["metrics"], results["seconds"]
     print(
         f"accuracy  {metrics['accuracy']:.4f} on {metrics['n']} held-out images, {seconds['train']:.1f} s of training"
@@ -275,6 +288,18 @@ def save(folder: Path, model: PreTrainedModel, processor: ViTRegImageProcessor, 
     print(f"model     {folder} (with image processor)")
     for label, file in (("card", "README.md"), ("results", "results.json"), ("picture", "training_curve.png")):
         print(f"{label:9} {folder / file}")
+
+
+def push(settings: ImageClassificationSettings) -> None:
+    """Publish the output folder in one commit; `vitreg push` does the same to any folder, at any time."""
+    repository = str(settings.hub_model_id)
+    try:
+        published = publish(
+            settings.output_folder, repository, private=settings.hub_private_repo, revision=settings.hub_revision
+        )
+    except PublishError as error:
+        sys.exit(f"trained, but not published: {error}\nvitreg push {settings.output_folder} {repository}")
+    print(f"published {published.url}")
 
 
 if __name__ == "__main__":

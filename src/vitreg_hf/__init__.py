@@ -1,7 +1,8 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
 """Vision Transformers with register tokens for Hugging Face Transformers.
 
-Importing this package registers the ViTReg family with Transformers' Auto classes.
+Importing this package registers the ViTReg family with Transformers' Auto classes, and pipelines that know
+its tokens.
 """
 
 from vitreg_hf.model.configuration_vitreg import ViTRegConfig as ViTRegConfig
@@ -15,7 +16,9 @@ from vitreg_hf.model.modeling_vitreg import (
     ViTRegModel as ViTRegModel,
     ViTRegPreTrainedModel as ViTRegPreTrainedModel,
 )
+from vitreg_hf.pipelines.registry import register_pipelines
 from vitreg_hf.registration import register
 from vitreg_hf.version import __version__ as __version__
 
 register()
+register_pipelines()

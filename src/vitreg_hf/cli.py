@@ -1,7 +1,7 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
 """The command `vitreg`: reads arguments, calls one function, prints what it found and where the report is.
 
-Functions are imported by the command that calls them: most need the extra `analysis`.
+Functions are imported by the command that calls them: most need the extra `analysis`; `card` and `push` do not.
 """
 
 import argparse
@@ -11,15 +11,25 @@ from pathlib import Path
 from typing import Any
 
 _IMAGES = "folder of images, searched with its subfolders"
+_TRAINED = "folder that an example wrote: model, image processor, results.json"
 _OUTPUT = "folder of the report (default: outputs/ and the command)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns 0, or 2 with one sentence on stderr for a mistake of the user's."""
+    """Run one command.
+
+    Returns:
+        0; or after one sentence on stderr: 2 for a mistake of the user's, 1 for a connection that failed, 130 for an
+        interruption. After 1 and 130 the same command goes on.
+    """
     options = parser().parse_args(argv)
-    options.output = options.output or Path("outputs") / options.command
+    if "output" in options:
+        options.output = options.output or Path("outputs") / options.command
     try:
         options.run(options)
+    except ConnectionError as error:  # an upload that stopped short, which is nobody's mistake
+        print(f"vitreg {options.command}: {error}", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(f"vitreg {options.command}: {error}", file=sys.stderr)
         return 2
@@ -27,10 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vitreg {options.command}: {error}: pip install 'vitreg_hf[analysis]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        kept = ": what was measured is kept, the same command goes on" if (options.output / "records").is_dir() else ""
-        print(f"vitreg {options.command}: interrupted{kept}", file=sys.stderr)
+        print(f"vitreg {options.command}: interrupted{_kept(options)}", file=sys.stderr)
         return 130
     return 0
+
+
+def _kept(options: argparse.Namespace) -> str:
+    if options.command == "push":
+        return ": nothing here was changed, the same command completes it"
+    measured = "output" in options and (options.output / "records").is_dir()
+    return ": what was measured is kept, the same command goes on" if measured else ""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -103,13 +119,30 @@ def parser() -> argparse.ArgumentParser:
     dataset.add_argument("--image-column", default="image", help="default: image")
     dataset.add_argument("--label-column", default="label", help="default: label")
     dataset.add_argument("--at-most", type=int, help="write no more images than this")
+
+    card = _command(commands, "card", _card, "write the model card of a trained model from its results", output=False)
+    card.add_argument("folder", type=Path, help=_TRAINED)
+    card.add_argument("--model-id", help="what readers will load: a Hub id (default: the folder)")
+    card.add_argument("--license", help="licence of the weights, as the Hub spells it (default: that of the results)")
+
+    push = _command(commands, "push", _push, "publish a trained model on the Hub, in one commit", output=False)
+    push.add_argument("folder", type=Path, help=_TRAINED)
+    push.add_argument("repo_id", help="NAME/MODEL, or MODEL under your own name; made if there is none")
+    push.add_argument("--private", action="store_true", help="make a repository that only you see")
+    push.add_argument("--revision", help="branch, made if there is none (default: main)")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request rather than commit")
+    push.add_argument("--tag", help="tag the commit, v1.0 or alike")
+    push.add_argument("--with-code", action="store_true", help="add the model's code, for trust_remote_code=True")
+    push.add_argument("--license", help="licence of the weights, as the Hub spells it (default: that of the results)")
+    push.add_argument("--message", help="of the commit")
     return top
 
 
-def _command(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, run: Any, summary: str, output: bool = True) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
     command.set_defaults(run=run)
-    command.add_argument("--output", type=Path, help=_OUTPUT)
+    if output:
+        command.add_argument("--output", type=Path, help=_OUTPUT)
     return command
 
 
@@ -235,6 +268,30 @@ def _dataset(options: argparse.Namespace) -> None:
         columns = (one.image_column, one.label_column, one.config)
         count = export_dataset(one.hub_id, folder, split, *columns, options.at_most)
         print(f"{count} images in {folder}")
+
+
+def _card(options: argparse.Namespace) -> None:
+    from vitreg_hf.hub.cards import card_of, save_card
+
+    card = card_of(options.folder, options.model_id or str(options.folder), options.license)
+    print(f"card: {save_card(card, options.folder)}")
+
+
+def _push(options: argparse.Namespace) -> None:
+    from vitreg_hf.hub.publish import publish
+
+    published = publish(
+        options.folder,
+        options.repo_id,
+        private=options.private,
+        revision=options.revision,
+        create_pr=options.create_pr,
+        tag=options.tag,
+        with_code=options.with_code,
+        model_license=options.license,
+        message=options.message,
+    )
+    print(published)
 
 
 def _print_report(folder: Path) -> None:

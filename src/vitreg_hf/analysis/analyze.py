@@ -16,13 +16,14 @@ from vitreg_hf.analysis.artifact_pictures import draw
 from vitreg_hf.analysis.artifact_sections import lead, sections
 from vitreg_hf.analysis.extract import Subject, load_vision
 from vitreg_hf.analysis.images import ImageFiles, find_images
-from vitreg_hf.analysis.measure import Pass, decode, fingerprint, measure
+from vitreg_hf.analysis.measure import Pass, decode, measure
 from vitreg_hf.analysis.outliers import OutlierRule, Outliers, find_outliers
 from vitreg_hf.analysis.records import Records
 from vitreg_hf.analysis.report import start_report, write_report, write_results
 from vitreg_hf.analysis.summary import summarize
 from vitreg_hf.analysis.token_probes import local_probes, token_table
 from vitreg_hf.analysis.units import UNITS
+from vitreg_hf.analysis.weights import fingerprint
 from vitreg_hf.analysis.writers import follow_largest
 
 # Fewer images than this teach a linear probe nothing about images that it has not seen.
@@ -109,7 +110,7 @@ def describe(subject: Subject) -> dict[str, Any]:
     return {
         "name": subject.name,
         "family": subject.anatomy.family,
-        "weights": fingerprint(subject),
+        "weights": fingerprint(subject.model),
         "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
         "layers": len(subject.anatomy.blocks),
         "patch_size": list(layout.patch_size),

@@ -30,7 +30,6 @@ from vitreg_hf.analysis.figures.sinks import (
     text_channel_curves,
     text_sink_curves,
 )
-from vitreg_hf.analysis.measure import fingerprint
 from vitreg_hf.analysis.records import Records
 from vitreg_hf.analysis.report import Picture, start_report, write_report, write_results
 from vitreg_hf.analysis.text_batches import (
@@ -45,6 +44,7 @@ from vitreg_hf.analysis.text_batches import (
     text_batch,
     tokenize,
 )
+from vitreg_hf.analysis.weights import fingerprint
 
 _TEXTS_PER_RECORD = 64  # what an interruption can cost; it decides nothing else
 _FEWEST_TOKENS = 2  # a text of one token leaves attention no choice
@@ -161,7 +161,7 @@ def measure_texts(
     lengths = {"max_length": max_length, "logit_length": logit_length, "logit_texts": logit_texts}
     vocabulary = [type(tokenizer).__name__, len(tokenizer), str(tokenizer.special_tokens_map)]
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    model = {"model": subject.name, "weights": fingerprint(subject), "tokenizer": vocabulary}
+    model = {"model": subject.name, "weights": fingerprint(subject.model), "tokenizer": vocabulary}
     records.claim({"measured": "texts", **model, "texts": digest, **lengths}, overwrite)
     wanted = logit_texts - sum(int(record["sum_logit_texts"]) for record in records)
     with tqdm(total=len(texts), desc=f"Measuring {subject.name}", unit="text") as bar:

@@ -19,7 +19,8 @@ DATA_SETTINGS = (
     *("dataset_name", "dataset_config_name", "train_dir", "validation_dir", "train_file", "validation_file"),
     *("image_column_name", "label_column_name", "max_train_samples", "on_corrupt_image", "dataloader_num_workers"),
 )
-FILE_SETTINGS = ("output_dir", "save_every_epochs", "save_total_limit", "resume_from_checkpoint")
+HUB_SETTINGS = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_license")
+FILE_SETTINGS = ("output_dir", "save_every_epochs", "save_total_limit", "resume_from_checkpoint", *HUB_SETTINGS)
 
 _SWITCH = {"nargs": "?", "const": True}  # a bare --horizontal_flip means true
 
@@ -88,10 +89,20 @@ class ImageClassificationSettings:
     save_total_limit: int = _option(2, "checkpoints kept")
     resume_from_checkpoint: str | None = _option(None, "path of a checkpoint, or latest: the newest of output_dir")
 
+    # Publishing; the token is that of `hf auth login` or of HF_TOKEN, never an option that results would quote
+    push_to_hub: bool = _option(False, "publish to the Hub at the end; access is checked before the training")
+    hub_model_id: str | None = _option(None, "repository; left out: vitreg-<name of the data> under your own name")
+    hub_private_repo: bool = _option(False, "make the repository a private one")
+    hub_revision: str | None = _option(None, "branch to publish to, made if there is none; left out: main")
+    hub_license: str | None = _option(None, "licence of the weights as the Hub spells it, for the card")
+
     def __post_init__(self) -> None:
         self._check_sources()
         self._check_ranges()
+        self._check_hub()
         own_images = self._sources() != []
+        if not own_images and self.hub_license is None:
+            self.hub_license = "apache-2.0"  # weights that a demo of ours makes; those of other data are not ours
         self.output_dir = self.output_dir or f"outputs/{self.source_name()}"
         self.random_resized_crop = own_images if self.random_resized_crop is None else self.random_resized_crop
         self.horizontal_flip = own_images if self.horizontal_flip is None else self.horizontal_flip
@@ -141,6 +152,11 @@ class ImageClassificationSettings:
         ):
             alone = getattr(self, given) is not None and getattr(self, wanted) is None
             _expect(not alone, f"{wanted} with {given}", f"{given} alone")
+
+    def _check_hub(self) -> None:
+        for name in ("hub_model_id", "hub_private_repo", "hub_revision"):
+            alone = bool(getattr(self, name)) and not self.push_to_hub
+            _expect(not alone, f"push_to_hub with {name}", f"{name} alone")
 
     def _check_ranges(self) -> None:
         for name in (
