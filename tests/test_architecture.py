@@ -25,17 +25,22 @@ ROWS = {
 # Inside the model every file names the siblings that it may import.
 MODEL_IMPORTS = {
     "configuration_checks": set(),
+    "checkpoint_checks": set(),
     "configuration_vitreg": {"configuration_checks"},
     "outputs": set(),
     "recording": set(),
-    "image_inputs": set(),
+    "processor_checks": set(),
+    "image_inputs": {"processor_checks"},
     "token_layout": {"configuration_vitreg"},
     "position_embedding": {"configuration_vitreg"},
     "embeddings": {"configuration_vitreg", "token_layout", "position_embedding"},
     "attention": {"configuration_vitreg", "recording", "token_layout"},
-    "modeling_vitreg": {"attention", "configuration_vitreg", "embeddings", "outputs", "recording", "token_layout"},
-    "image_processing_pil_vitreg": {"image_inputs"},
-    "image_processing_vitreg": {"image_inputs", "image_processing_pil_vitreg"},
+    "modeling_vitreg": {
+        *("attention", "checkpoint_checks", "configuration_vitreg", "embeddings", "outputs", "recording"),
+        "token_layout",
+    },
+    "image_processing_pil_vitreg": {"image_inputs", "processor_checks"},
+    "image_processing_vitreg": {"image_inputs", "image_processing_pil_vitreg", "processor_checks"},
 }
 
 

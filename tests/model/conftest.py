@@ -2,11 +2,17 @@
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
+import tempfile
 from typing import Any, NamedTuple
 
 import pytest
+from hypothesis import configuration
+
+# By default it leaves a folder in the working directory, and then warns of it, which is an error here.
+configuration.set_hypothesis_home_dir(pathlib.Path(tempfile.gettempdir()) / "hypothesis_of_vitreg_hf")
 
 # Imports everything once, then forks per job: a job costs 0.1 s rather than 5 s.
 # A job reads `argument` and may set `result`; all that leaves it is JSON.
@@ -45,6 +51,8 @@ for line in sys.stdin:
     child = os.fork()
     if not child:
         os.close(reader)
+        for standard in (0, 1):  # nobody answers questions, and no output mixes with answers
+            os.dup2(os.open(os.devnull, os.O_RDWR), standard)
         signal.alarm(job["seconds"])
         work(job, writer)
         os._exit(0)

@@ -1,17 +1,27 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
 """Model cards from the facts of a training, as `results.json` holds them.
 
-A card states what the facts say: no number stands in it that is not in them, but for those of the citation.
+A card states what the facts say: no number stands in it that is not in them, but for those of the citation. It ends
+with a code of its own text, in a comment that no page shows, so that a card which a person has edited is told from
+one that can be rendered anew.
 """
 
+import hashlib
 import json
 import os
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-_REQUIRED = {
+from vitreg_hf.hub.card_checks import check_card, check_license
+from vitreg_hf.hub.card_sections import METRIC_NAMES, PICTURES, introduction, sections
+
+_TASK = "image-classification"
+_REQUIRED: dict[str, tuple[str, ...]] = {
     "model": ("name", "parameters", "num_register_tokens", "image_size", "patch_size", "hidden_size"),
     "data": (
         *("source", "hub_id", "license", "classes", "train_images"),
@@ -22,108 +32,59 @@ _REQUIRED = {
     "evaluation": ("weights", "stopped_early"),
     "curve": (),
     "versions": (),
-    "hardware": (),
+    "hardware": ("device", "processor", "processes", "mixed_precision"),
     "seconds": ("train", "total"),
     "command": (),
 }
-_METRIC_NAMES = {"accuracy": "Accuracy", "top5_accuracy": "Top-5 accuracy"}
-_CLASSES_NAMED = 20  # more would drown the card; config.json names all
-
-_PIPELINE_CODE = """\
-```python
-import vitreg_hf  # registers the model family with Transformers
-from transformers import pipeline
-
-classify = pipeline("image-classification", model={model_id})
-print(classify("image.png"))
-```"""
-
-_AUTO_CLASS_CODE = """\
-```python
-import torch
-import vitreg_hf  # registers the model family with Transformers
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-processor = AutoImageProcessor.from_pretrained({model_id})
-model = AutoModelForImageClassification.from_pretrained({model_id}).eval()
-inputs = processor(Image.open("image.png"), return_tensors="pt")
-with torch.inference_mode():
-    outputs = model(**inputs, output_prefix_attentions=True)
-print(model.config.id2label[outputs.logits.argmax(-1).item()])
-print(outputs.patch_map.shape)  # features: batch, channels, rows, columns of patches
-print(outputs.prefix_attentions[-1].shape)  # batch, heads, CLS and registers, all tokens
-```"""
-
-_PAPER = "[Vision Transformers Need Registers](https://arxiv.org/abs/2309.16588) (Darcet et al.)"
-
-_WHY_REGISTERS = f"""\
-{_PAPER} reports that large Vision Transformers come to store global information in patches of uninformative
-background, which then disturb attention maps and dense features; registers give it a place of its own."""
-
-_WITH_REGISTERS = f"""\
-Registers are learned tokens between CLS and the patches, the same for all images. They have no position and no loss
-of their own, and they take part in every block in training **and** in inference; after the last block, only a pooling
-that names them reads them.
-
-{_WHY_REGISTERS}
-Whether this model, of its size and on its data, would show such artifacts without registers was not measured here."""
-
-_STOPPED_EARLY = """\
-Training was stopped by looking at these same images (early stopping), so these numbers are a little optimistic: they
-are no estimate on images that no decision depended on."""
-
-_LAST_EPOCH = "The last epoch is reported; no epoch was chosen by looking at these images."
-
-_LIMITS = """\
-The model was trained on {train_images} images of one source and evaluated on images of the same source: nothing is
-known of its accuracy on others. It sorts any image, whatever it shows, into one of its classes. Probabilities are not
-calibrated, and biases of the data were not examined. It is no basis for decisions about people."""
-
-_CITATION = """\
-```bibtex
-@inproceedings{darcet2024registers,
-  title     = {Vision Transformers Need Registers},
-  author    = {Darcet, Timoth{\\'e}e and Oquab, Maxime and Mairal, Julien and Bojanowski, Piotr},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2024},
-  url       = {https://arxiv.org/abs/2309.16588}
+_REQUIRED_OF_SPEED: dict[str, tuple[str, ...]] = {
+    "speed": (
+        *("image_size", "flops_per_image", "weights_megabytes", "milliseconds_per_image"),
+        *("images_per_second_in_batches", "batch_size", "device", "threads", "precision"),
+    )
 }
-```"""
+_REQUIRED_OF_ARTIFACTS: dict[str, tuple[str, ...]] = {
+    "images": ("folder", "measured", "grid"),
+    "outliers": (
+        *("layer", "rule", "rule_value", "cutoff", "norm", "share", "images_with_outliers"),
+        *("largest_over_median", "two_groups"),
+    ),
+    "attention": ("cls_on_registers",),
+    "sinks": ("tokens",),
+    "units": ("sinks.tokens.score",),
+}
+_MARK = re.compile(r"\n<!-- vitreg_hf card ([0-9a-f]{16}) -->\s*\Z")
 
 
 def render_card(
-    facts: dict[str, Any], model_id: str, model_license: str | None = None, training_curve: str | None = None
+    facts: Mapping[str, Any],
+    model_id: str,
+    artifacts: Mapping[str, Any] | None = None,
+    pictures: Sequence[str] = (),
 ) -> ModelCard:
     """Write the model card of an image classifier.
 
     Args:
-        facts: content of its `results.json`.
+        facts: content of its `results.json`. `license` (of the weights, as the Hub spells it; None states none) and
+            `speed` may be missing, as they are in results of older versions.
         model_id: what a reader passes to `from_pretrained`: an id on the Hub, or a folder.
-        model_license: licence of the weights, as the Hub spells it; None states none.
-        training_curve: name of the picture beside the card, if there is one.
+        artifacts: content of the `results.json` of `vitreg analyze` about the same weights, if there is one.
+        pictures: names of the pictures beside the card, out of `card_sections.PICTURES`.
 
     Returns:
         The card, with the evaluation as `model-index` in its metadata.
 
     Raises:
-        ValueError: naming the facts that are missing.
+        ValueError: naming the facts that are missing, or pictures that are unknown.
     """
-    _check(facts)
-    sections = {
-        "": _introduction(facts, training_curve),
-        "Use": _usage(model_id),
-        "Registers": _registers(facts["model"]["num_register_tokens"]),
-        "Data": _data(facts["data"]),
-        "Evaluation": _evaluation(facts),
-        "Training procedure": _procedure(facts),
-        "Limits": _LIMITS.format(train_images=facts["data"]["train_images"]),
-        "Licence": f"The weights: {model_license or 'none is stated'}. {_data_license(facts['data'])}",
-        "Citation": _CITATION,
-    }
-    metadata = _metadata(facts, model_license)
-    body = "\n\n".join(f"## {title}\n\n{text}" if title else text for title, text in sections.items())
-    return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n")
+    _expect_facts(facts, _REQUIRED | (_REQUIRED_OF_SPEED if "speed" in facts else {}), "facts of a training")
+    if artifacts is not None:
+        _expect_facts(artifacts, _REQUIRED_OF_ARTIFACTS, "results of `vitreg analyze`")
+    if unknown := [name for name in pictures if name not in PICTURES]:
+        raise ValueError(f"Expected pictures out of {', '.join(PICTURES)}, got {', '.join(unknown)}")
+    parts = sections(facts, model_id, artifacts)
+    body = "\n\n".join([introduction(facts, pictures), *(f"## {title}\n\n{text}" for title, text in parts.items())])
+    text = str(ModelCard(f"---\n{_metadata(facts).to_yaml()}\n---\n\n{body}\n"))
+    return ModelCard(f"{text}\n<!-- vitreg_hf card {_code_of(text)} -->\n")
 
 
 def save_card(card: ModelCard, folder: Path) -> Path:
@@ -134,35 +95,141 @@ def save_card(card: ModelCard, folder: Path) -> Path:
     return path
 
 
-def _check(facts: dict[str, Any]) -> None:
-    missing = [section for section in _REQUIRED if section not in facts]
-    for section, names in _REQUIRED.items():
-        missing += [f"{section}.{name}" for name in names if section in facts and name not in facts[section]]
-    if missing:
+def card_of(folder: Path, model_id: str, model_license: str | None = None) -> ModelCard:
+    """Render the card of what a training left in a folder.
+
+    `artifacts/results.json` of `vitreg analyze` goes into it if it is about the weights that the training describes,
+    and so do the pictures that are there.
+
+    Args:
+        folder: with `results.json`.
+        model_id: what a reader passes to `from_pretrained`.
+        model_license: licence of the weights, as the Hub spells it; None: that of `results.json`.
+
+    Raises:
+        ValueError: without `results.json`, for one that lacks facts, and for a licence that the Hub does not know.
+    """
+    if model_license is not None:
+        check_license(model_license)
+    path = folder / "results.json"
+    if not path.is_file():
         raise ValueError(
-            f"Expected the facts of a training with {', '.join(missing)}, got {', '.join(facts) or 'none'}"
+            f"Expected results.json of a training in {folder}, got none: a card is rendered from its facts. Train "
+            "with examples/train_image_classification.py, or write README.md yourself"
         )
+    facts = _read_results(path)
+    if model_license is not None:
+        facts = {**facts, "license": model_license}
+    pictures = [name for name in PICTURES if (folder / name).is_file()]
+    return render_card(facts, model_id, _artifacts_of(folder, facts), pictures)
 
 
-def _metadata(facts: dict[str, Any], model_license: str | None) -> ModelCardData:
+def is_rendered(folder: Path) -> bool:
+    """Whether `README.md` is there and still as this package rendered it, so that nothing is lost by a new one."""
+    path = folder / "README.md"
+    return path.is_file() and _is_unchanged(path.read_text(encoding="utf-8"))
+
+
+def readme_to_publish(folder: Path, model_id: str, model_license: str | None = None) -> str:
+    """Text of the card that belongs into a repository on the Hub; nothing in the folder changes.
+
+    A card that nobody edited, or a missing one, is rendered for the id of the repository; one that a person edited
+    stays as it is.
+
+    Args:
+        folder: of the model.
+        model_id: of the repository, with its owner.
+        model_license: licence of the weights; None: that of the card, else that of `results.json`.
+
+    Raises:
+        ValueError: for a card that the Hub would refuse or that does not load the model from the repository, for an
+            edited card with another licence than asked for, and where there is neither a card nor `results.json`.
+    """
+    path = folder / "README.md"
+    if not path.is_file():
+        text = str(card_of(folder, model_id, model_license))
+    else:
+        text = path.read_text(encoding="utf-8")
+        stated = cast(ModelCardData, _parsed(text, path).data).license
+        if _is_unchanged(text):
+            text = str(card_of(folder, model_id, stated if model_license is None else model_license))
+        elif model_license not in (None, stated):
+            raise ValueError(f"Expected licence {model_license} in {path}, which was edited by hand, got {stated}")
+    check_card(_parsed(text, path), model_id)
+    return text
+
+
+def _code_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _is_unchanged(text: str) -> bool:
+    mark = _MARK.search(text)
+    return mark is not None and _code_of(text[: mark.start()]) == mark.group(1)
+
+
+def _parsed(text: str, path: Path) -> ModelCard:
+    try:
+        return ModelCard(text)
+    except (ValueError, TypeError, yaml.YAMLError) as error:  # TypeError: metadata that is no name
+        raise ValueError(f"Expected metadata that the Hub reads on top of {path}, got: {error}") from error
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"Expected JSON in {path}, got a file that is damaged: {error}") from error
+    if not isinstance(results, dict):
+        raise ValueError(f"Expected a JSON object in {path}, got {type(results).__name__}")
+    return results
+
+
+def _artifacts_of(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What was measured of the weights that the facts are about; other weights may have stood in the folder before."""
+    path, weights = folder / "artifacts" / "results.json", _weights_of(facts)
+    if weights is None or not path.is_file():
+        return None
+    artifacts = _read_results(path)
+    return artifacts if _weights_of(artifacts) == weights else None
+
+
+def _weights_of(results: Mapping[str, Any]) -> str | None:
+    """Fingerprint of the weights that results are about; those of older versions have none."""
+    model = results.get("model")
+    return model.get("weights") if isinstance(model, Mapping) else None
+
+
+def _expect_facts(facts: Mapping[str, Any], required: Mapping[str, Sequence[str]], kind: str) -> None:
+    missing = []
+    for section, names in required.items():
+        if section not in facts or (names and not isinstance(facts[section], Mapping)):
+            missing.append(section)
+        else:
+            missing += [f"{section}.{name}" for name in names if name not in facts[section]]
+    if missing:
+        raise ValueError(f"Expected the {kind} with {', '.join(missing)}, got {', '.join(facts) or 'none'}")
+
+
+def _metadata(facts: Mapping[str, Any]) -> ModelCardData:
     model, data, metrics = facts["model"], facts["data"], facts["metrics"]
     results = [
         EvalResult(
-            task_type="image-classification",
-            dataset_type=data["source"],
+            task_type=_TASK,
+            dataset_type=data["hub_id"] or _as_id(data["source"]),
             dataset_name=data["source"],
             dataset_split=data["evaluation_split"],
             metric_type=metric,
             metric_name=name,
             metric_value=metrics[metric],
         )
-        for metric, name in _METRIC_NAMES.items()
+        for metric, name in METRIC_NAMES.items()
         if metric in metrics
     ]
     return ModelCardData(
-        license=model_license,
+        license=facts.get("license"),
         library_name="transformers",
-        pipeline_tag="image-classification",
+        pipeline_tag=_TASK,
         tags=["vision", "vision-transformer", "register-tokens", "vitreg"],
         datasets=[data["hub_id"]] if data["hub_id"] else None,
         metrics=["accuracy"],
@@ -171,84 +238,6 @@ def _metadata(facts: dict[str, Any], model_license: str | None) -> ModelCardData
     )
 
 
-def _introduction(facts: dict[str, Any], training_curve: str | None) -> str:
-    model, data = facts["model"], facts["data"]
-    count = model["num_register_tokens"]
-    registers = "without register tokens" if count == 0 else f"with {count} register token{'s' if count > 1 else ''}"
-    text = (
-        f"# {model['name']}\n\nA Vision Transformer {registers} ({model['parameters']:,} parameters) that sorts\n"
-        f"images into {len(data['classes'])} classes. Trained from random weights on `{data['source']}`;\n"
-        f"{_percent(facts['metrics']['accuracy'])} of {facts['metrics']['n']} held-out images are classified right."
-    )
-    return text if training_curve is None else f"{text}\n\n![Training curve]({training_curve})"
-
-
-def _usage(model_id: str) -> str:
-    quoted = json.dumps(model_id)
-    pipeline, auto_classes = _PIPELINE_CODE.format(model_id=quoted), _AUTO_CLASS_CODE.format(model_id=quoted)
-    return (
-        f"The Python package `vitreg_hf` has to be installed.\n\n{pipeline}\n\n"
-        f"With the Auto classes, and with features and attention by name:\n\n{auto_classes}"
-    )
-
-
-def _registers(count: int) -> str:
-    return _WITH_REGISTERS if count else f"This model has none. {_WHY_REGISTERS}"
-
-
-def _data(data: dict[str, Any]) -> str:
-    named = ", ".join(data["classes"][:_CLASSES_NAMED])
-    rest = ", and others (see `config.json`)" if len(data["classes"]) > _CLASSES_NAMED else ""
-    lines = [
-        f"- Source: `{data['source']}`",
-        f"- Training images: {data['train_images']}",
-        f"- Held-out images: {data['evaluation_images']} ({data['held_out_by']})",
-        f"- Classes: {named}{rest}",
-    ]
-    if data["skipped_images"]:
-        lines.append(f"- Left out because they could not be decoded: {', '.join(data['skipped_images'])}")
-    return "\n".join(lines)
-
-
-def _evaluation(facts: dict[str, Any]) -> str:
-    metrics, evaluation = facts["metrics"], facts["evaluation"]
-    rows = [f"| {name} | {_percent(metrics[key])} |" for key, name in _METRIC_NAMES.items() if key in metrics]
-    rows.append(f"| Cross-entropy (nats) | {metrics['loss']:.4f} |")
-    return (
-        f"On {metrics['n']} held-out images ({facts['data']['held_out_by']}), with the saved image processor\n"
-        f"and the {evaluation['weights']}:\n\n{_table('metric', 'value', rows)}\n\n"
-        + (_STOPPED_EARLY if evaluation["stopped_early"] else _LAST_EPOCH)
-    )
-
-
-def _procedure(facts: dict[str, Any]) -> str:
-    hardware, seconds = facts["hardware"], facts["seconds"]
-    processes = "one process" if hardware["processes"] == 1 else f"{hardware['processes']} processes"
-    settings = {**facts["model"], **facts["hyperparameters"]}
-    rows = [f"| {name} | {_cell(value)} |" for name, value in settings.items() if value is not None]
-    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
-    return (
-        f"```bash\n{facts['command']}\n```\n\n"
-        "Cross-entropy; AdamW without weight decay on tokens, positions, biases and norms; linear warm-up, then\n"
-        f"cosine decay. Training with its evaluations took {seconds['train']:.0f} s ({seconds['total']:.0f} s with\n"
-        f"start and end) in {processes} on {hardware['device']} ({hardware['processor']}), mixed precision:\n"
-        f"{hardware['mixed_precision']}.\n\n{_table('setting', 'value', rows)}\n\nVersions: {versions}."
-    )
-
-
-def _table(first: str, second: str, rows: list[str]) -> str:
-    return "\n".join([f"| {first} | {second} |", "|---|---|", *rows])
-
-
-def _cell(value: Any) -> str:
-    return str(value).replace("|", "\\|")
-
-
-def _data_license(data: dict[str, Any]) -> str:
-    if data["license"] is None:
-        return "The licence of the data is not recorded; it may restrict what the weights may be used for."
-    return f"The data: {data['license']}."
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %"
+def _as_id(source: str) -> str:
+    """A path in the letters that an id of the Hub may have."""
+    return re.sub(r"[^\w.-]+", "-", source, flags=re.ASCII).strip("-.") or "images"

@@ -1,14 +1,42 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
 """What a config refuses: values out of range, unknown choices, sizes and combinations that cannot be built."""
 
-import math
+import re
+import reprlib
+import sys
+from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from transformers.activations import ACT2FN
 
 POOLINGS = ("cls", "mean", "cls_mean", "cls_register_mean")
 DROP_PATH_SCHEDULES = ("linear", "uniform")
 INTERPOLATION_MODES = ("bicubic", "bilinear")
+
+# Far above every published model (the largest, ViT-22B, has 48 layers, a width of 6144 and 22 billion parameters), and
+# low enough that no file can ask for more memory or time than its reader has.
+MOST = {
+    "hidden_size": 2**16,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 4096,
+    "intermediate_size": 2**20,
+    "head_dim": 2**16,
+    "num_channels": 4096,
+    "num_register_tokens": 4096,
+}
+MOST_PIXELS_PER_SIDE = 2**16
+MOST_POSITIONS = 2**20  # patches in the position table
+MOST_LABELS = 1_000_000
+MOST_PARAMETERS = 100_000_000_000
+# Of a saved config; a million labels stand in it twice, as `id2label` and `label2id`.
+MOST_BYTES = 2**27
+MOST_ENTRIES = 100_000  # besides those of the labels
+MOST_CHARACTERS = 10_000  # of one text
+MOST_NESTING = 32
+
+LABEL_MAPS = ("id2label", "label2id")
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 # Room kept for checkpoints of other sources: field -> (the one value that is built so far, who has another one).
 _RESERVED: dict[str, tuple[Any, str]] = {
@@ -36,24 +64,150 @@ def check_values(config: Any) -> None:
     _check_combinations(config)
     for name, (built, reason) in _RESERVED.items():
         if getattr(config, name) != built:
-            raise ValueError(f"Expected {name}={built!r}, got {getattr(config, name)!r}: {reason}; not built yet")
+            raise ValueError(
+                f"Expected {name}={built!r}, got {_shown(getattr(config, name))}: {reason}; not built yet"
+            )
+    count = count_parameters(config)
+    if count > MOST_PARAMETERS:
+        raise ValueError(f"Expected a model of at most {MOST_PARAMETERS:,} parameters, got a config of {count:,}")
+
+
+def check_counts(config: Any) -> None:
+    """Refuse counts out of range; must come first, as what follows from an absurd count would take for ever.
+
+    Raises:
+        ValueError: naming the field, what was expected and what came.
+    """
+    for name, most in MOST.items():
+        count = getattr(config, name)
+        if count is None:  # left out, so that it follows from the width
+            continue
+        least = 0 if name == "num_register_tokens" else 1
+        _expect(count >= least, name, "a positive integer" if least else "zero or more", count)
+        _expect(count <= most, name, f"at most {most}", count)
+
+
+def check_labels(config: Any, num_labels: Any = None) -> None:
+    """Refuse counts of labels before Transformers makes their names; raises ValueError.
+
+    Args:
+        config: a config whose `id2label` and `label2id` are as they came.
+        num_labels: the count that names are to be made for, if it was given.
+    """
+    valid = num_labels is None or (_is_whole(num_labels) and 0 <= num_labels <= MOST_LABELS)
+    _expect(valid, "num_labels", f"an integer from 0 to {MOST_LABELS}", num_labels)
+    for name in LABEL_MAPS:
+        _check_label_map(name, getattr(config, name))
+
+
+def _check_label_map(name: str, labels: Any) -> None:
+    if labels is None:
+        return
+    _expect(isinstance(labels, dict), name, "a dictionary", labels)
+    _expect(len(labels) <= MOST_LABELS, name, f"at most {MOST_LABELS} entries", len(labels))
+    for key, value in labels.items():
+        _expect(isinstance(key, (str, int)), name, "a dictionary of texts and integers", key)
+        _expect(isinstance(value, (str, int)), name, "a dictionary of texts and integers", value)
+        if name == "id2label" and isinstance(key, str):
+            _expect(bool(_INTEGER.fullmatch(key)), name, "a dictionary whose keys are integers", key)
+
+
+def check_dtype(name: str, dtype: Any) -> None:
+    """Refuse a `dtype` that is not None, a floating point type of torch, or the name of one; raises ValueError."""
+    known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    valid = dtype is None or (isinstance(known, torch.dtype) and known.is_floating_point)
+    _expect(valid, name, "None or a floating point type of torch, float32 for instance", dtype)
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Refuse what is neither None, True nor False; raises ValueError."""
+    _expect(value is None or isinstance(value, bool), name, "None, True or False", value)
+
+
+def check_stages(config: Any, out_features: Any, out_indices: Any) -> None:
+    """Refuse names or indices of stages that are no list of at most all stages; raises ValueError."""
+    last = config.num_hidden_layers
+    for name, asked in (("out_features", out_features), ("out_indices", out_indices)):
+        listed = asked is None or (isinstance(asked, (list, tuple)) and len(asked) <= last + 1)
+        _expect(listed, name, f"None or a list of at most {last + 1} stages", asked)
+    for index in out_indices or ():
+        inside = _is_whole(index) and -last - 1 <= index <= last
+        _expect(inside, "out_indices", f"integers from {-last - 1} to {last}", index)
+
+
+def check_saved(saved: Any) -> None:
+    """Refuse what no config file holds: too much, too deep, or the choice of code that would be fetched and run.
+
+    Raises:
+        ValueError: with what was expected and what came.
+    """
+    if not isinstance(saved, dict):
+        raise ValueError(f"Expected a saved config that is a dictionary, got {type(saved).__name__}")
+    for name, value in saved.items():
+        if "attn_implementation" in name:
+            # A name with a slash is a repository of kernels, which Transformers loads.
+            local = value is None or (isinstance(value, str) and "/" not in value)
+            _expect(local, name, "a name without a slash, as a file may not choose code of the Hub", value)
+    for name in LABEL_MAPS:
+        _check_label_map(name, saved.get(name))
+    labels = sum(2 * len(saved.get(name) or ()) for name in LABEL_MAPS)
+    _check_extent(saved, MOST_ENTRIES + labels)
+
+
+def _check_extent(saved: dict[str, Any], most_entries: int) -> None:
+    """Walk a saved config level by level, as calls of itself would end in a RecursionError."""
+    entries, level = 0, [saved]
+    for _ in range(MOST_NESTING):
+        level = [item for value in level for item in _content(value)]
+        entries += len(level)
+        if entries > most_entries:
+            raise ValueError(f"Expected a saved config of at most {most_entries} entries, got {entries} or more")
+        for text in level:
+            if isinstance(text, str) and len(text) > MOST_CHARACTERS:
+                got = f"got {len(text)}: {_shown(text)}"
+                raise ValueError(f"Expected texts of at most {MOST_CHARACTERS} characters in a saved config, {got}")
+    if level:
+        raise ValueError(f"Expected a saved config nested at most {MOST_NESTING} deep, got a deeper one")
+
+
+def _content(value: Any) -> Sequence[Any]:
+    if isinstance(value, dict):
+        return [*value.keys(), *value.values()]
+    return value if isinstance(value, (list, tuple)) else ()
+
+
+def count_parameters(config: Any) -> int:
+    """Number of parameters of the model that a config describes, with a linear classifier if labels are known."""
+    width, inner = config.hidden_size, config.intermediate_size
+    heads = config.num_attention_heads * config.attention_head_dim
+    projection_biases = [config.query_bias, config.key_bias, config.value_bias]
+    biases = sum(config.qkv_bias if bias is None else bias for bias in projection_biases)
+    attention = 4 * width * heads + biases * heads + config.proj_bias * width
+    up = 2 if config.use_swiglu_ffn else 1
+    mlp = (up + 1) * width * inner + config.mlp_bias * (up * inner + width)
+    scales = 0 if config.layerscale_value is None else 2 * width
+    (rows, columns), (patch_height, patch_width) = config.position_grid, config.patch_height_width
+    positions = config.num_cls_tokens + rows * columns
+    tokens = config.num_cls_tokens + config.num_register_tokens + config.use_mask_token + positions
+    patches = config.num_channels * patch_height * patch_width + 1
+    classifier = (config.classifier_input_size + 1) * (config.num_labels or 0)
+    layers = config.num_hidden_layers * (attention + mlp + scales + 4 * width)
+    return layers + (tokens + patches + 2) * width + classifier
 
 
 def _check_ranges(config: Any) -> None:
-    counts = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"]
-    for name in counts + (["head_dim"] if config.head_dim is not None else []):
-        _expect(getattr(config, name) > 0, name, "a positive integer", getattr(config, name))
-    _expect(config.num_register_tokens >= 0, "num_register_tokens", "zero or more", config.num_register_tokens)
+    check_counts(config)
+    check_labels(config)
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
         _expect(0 <= getattr(config, name) < 1, name, "a probability in [0, 1)", getattr(config, name))
     for name in ("initializer_range", "token_initializer_range", "layer_norm_eps"):
-        positive = 0 < getattr(config, name) < math.inf
+        positive = 0 < getattr(config, name) <= sys.float_info.max
         _expect(positive, name, "a positive finite number", getattr(config, name))
     if config.layerscale_value is not None:
-        finite = math.isfinite(config.layerscale_value)
+        finite = abs(config.layerscale_value) <= sys.float_info.max  # an integer may be too large for a float
         _expect(finite, "layerscale_value", "None or a finite number", config.layerscale_value)
     offset = config.position_interpolation_offset
-    _expect(0 <= offset < math.inf, "position_interpolation_offset", "zero or more", offset)
+    _expect(0 <= offset <= sys.float_info.max, "position_interpolation_offset", "zero or more", offset)
 
 
 def _check_choices(config: Any) -> None:
@@ -72,9 +226,13 @@ def _check_sizes(config: Any) -> None:
         size = pair(getattr(config, name))
         valid = len(size) == 2 and all(side > 0 for side in size)
         _expect(valid, name, "a positive integer or a pair (height, width)", getattr(config, name))
+        small = max(size) <= MOST_PIXELS_PER_SIDE
+        _expect(small, name, f"at most {MOST_PIXELS_PER_SIDE} on each side", getattr(config, name))
     for side, patch in zip(pair(config.image_size), config.patch_height_width, strict=True):
         multiple = f"a multiple of patch_size ({config.patch_size})"
         _expect(side % patch == 0, "image_size", multiple, config.image_size)
+    rows, columns = config.position_grid
+    _expect(rows * columns <= MOST_POSITIONS, "image_size", f"at most {MOST_POSITIONS} patches", rows * columns)
 
 
 def _check_combinations(config: Any) -> None:
@@ -87,14 +245,32 @@ def _check_combinations(config: Any) -> None:
         _expect(False, "num_register_tokens", "at least 1 for pooling='cls_register_mean'", 0)
     asked = config.output_prefix_attentions
     if not isinstance(asked, bool):
+        short = isinstance(asked, int) or len(asked) <= config.num_hidden_layers
+        _expect(short, "output_prefix_attentions", f"at most {config.num_hidden_layers} layers", asked)
         for layer in [asked] if isinstance(asked, int) else asked:
             inside = -config.num_hidden_layers <= layer < config.num_hidden_layers
             _expect(inside, "output_prefix_attentions", f"layers of {config.num_hidden_layers}", layer)
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _expect(condition: bool, name: str, expected: str, got: Any) -> None:
     if not condition:
-        raise ValueError(f"Expected {name} to be {expected}, got {got!r}")
+        raise ValueError(f"Expected {name} to be {expected}, got {_shown(got)}")
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 100
+_short.maxlong = 60
+
+
+def _shown(value: Any) -> str:
+    """A value as code, cut where it is long: messages stay readable, whatever a file holds."""
+    if isinstance(value, int) and value.bit_length() > 10_000:  # Python itself refuses to write it out
+        return f"an integer of {value.bit_length()} bits"
+    return _short.repr(value)
 
 
 def pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:

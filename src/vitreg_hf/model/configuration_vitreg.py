@@ -2,14 +2,25 @@
 """Configuration of the ViTReg family: every field, its default, and what follows from the fields."""
 
 import difflib
+import os
 from dataclasses import fields
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
-from .configuration_checks import check_values, pair
+from .configuration_checks import (
+    MOST_BYTES,
+    check_counts,
+    check_dtype,
+    check_labels,
+    check_saved,
+    check_stages,
+    check_switch,
+    check_values,
+    pair,
+)
 
 # Arguments that PreTrainedConfig takes without declaring them as fields, or that a saved config carries back.
 _UNDECLARED_ARGUMENTS = {
@@ -156,16 +167,29 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
     register_neurons: list[list[int]] | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
+    # Fields of the base class, declared again: newer versions of Transformers leave their types unchecked.
+    architectures: list[str] | None = None
+    output_hidden_states: bool | None = False
+    return_dict: bool | None = True
+    id2label: dict[int, str] | dict[str, str] | None = None
+    label2id: dict[str, int] | dict[str, str] | None = None
+    problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._refuse_misspelt(kwargs)
+        check_counts(self)
+        check_labels(self, kwargs.get("num_labels"))
+        check_dtype("dtype", self.dtype)
+        check_dtype("torch_dtype", kwargs.get("torch_dtype"))
         if self.num_attention_heads is None:
             self.num_attention_heads = _default_heads(self.hidden_size)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         self.check_values()
         kwargs.pop("stage_names", None)  # follows from the depth
-        self.set_output_features_output_indices(kwargs.pop("out_features", None), kwargs.pop("out_indices", None))
+        stages = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
+        check_stages(self, *stages)
+        self.set_output_features_output_indices(*stages)
         if self.use_swiglu_ffn:
             plan = {**self.base_model_tp_plan, "layers.*.mlp.gate_proj": "colwise"}
             self.base_model_tp_plan = plan  # type: ignore[misc]  # Transformers reads it off the instance
@@ -231,6 +255,7 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_output_attentions(self) -> None:
         """Transformers refuses `output_attentions` outside eager attention; ViTReg returns them everywhere."""
+        check_switch("output_attentions", self.output_attentions)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -241,13 +266,30 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
 
         Returns:
             The config, or `(config, unused kwargs)` with `return_unused_kwargs=True`.
+
+        Raises:
+            ValueError: if the dictionary is larger or deeper than any config, or a field is wrong.
         """
+        check_saved(config_dict)
         saved = {"model_type": cls.model_type, **config_dict}
         overrides = {name: kwargs.pop(name) for name in cls._accepted_arguments() & kwargs.keys() - _LEFT_TO_BASE}
         last_stage = [f"stage{saved.get('num_hidden_layers')}"]
         if overrides.keys() & {"out_features", "out_indices"} or saved.get("out_features") == last_stage:
             saved = {name: value for name, value in saved.items() if name not in ("out_features", "out_indices")}
         return super().from_dict({**saved, **overrides}, **kwargs)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        if (size := os.path.getsize(json_file)) > MOST_BYTES:
+            raise ValueError(f"Expected a config file of at most {MOST_BYTES} bytes, got {size} in {json_file}")
+        try:
+            saved = super()._dict_from_json_file(json_file)
+        except RecursionError as error:
+            raise ValueError(
+                f"Expected a config file of a few levels, got one nested too deep: {json_file}"
+            ) from error
+        check_saved(saved)
+        return saved
 
     # Checks
 
@@ -258,6 +300,9 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
     def _refuse_misspelt(self, kwargs: dict[str, Any]) -> None:
         accepted = self._accepted_arguments()
         if "model_type" in kwargs:  # a saved dictionary, which may come from another version
+            for name in kwargs.keys() - accepted:
+                if hasattr(type(self), name):  # it would hide a method or a property
+                    raise ValueError(f"Expected fields of {type(self).__name__} in a saved config, got {name!r}")
             return
         for name in kwargs:
             if name in accepted or name.startswith("_"):

@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import (
     ChannelDimension,
-    PILImageResampling,
     SizeDict,
     get_image_size_for_max_height_width,
     infer_channel_dimension_format,
     load_image,
-    torch_pil_interpolation_mapping,
 )
+
+from .processor_checks import MOST_MAGNITUDE, check_extent, check_file_size
 
 IGNORED_LABEL = 255
 LEVELS_16_TO_8_BIT = 257  # 65535 / 255: scales the full 16 bit range onto the full 8 bit range
@@ -38,23 +38,26 @@ def open_image(source: str | os.PathLike[str]) -> PIL.Image.Image:
     """Open a file, a URL or base64 data. A file keeps its mode and gets its EXIF orientation applied.
 
     Raises:
-        ValueError: if a file is missing or cannot be decoded, or the text is neither a path nor base64.
+        ValueError: if a file is missing, cannot be decoded or has more pixels than Pillow takes for safe
+            (`PIL.Image.MAX_IMAGE_PIXELS`), a URL cannot be read, or the text is neither a path nor base64.
     """
     text = os.fspath(source)
-    if text.startswith(("http://", "https://", "data:image/")):
-        return load_image(text)
-    if os.path.exists(text):
+    if not text.startswith(("http://", "https://", "data:image/")) and os.path.exists(text):
         return _open_file(text)
     try:
-        return load_image(text)  # base64 without a header is the only thing left
-    except ValueError as error:
+        image = load_image(text)  # base64 without a header is the only other thing left
+        check_file_size(image)
+        return image
+    except Exception as error:  # of the network, of Pillow, or of Transformers, which repeats the whole text
         shown = text if len(text) < 300 else f"{text[:300]}..."
-        raise ValueError(f"expected an existing image file, a URL or base64 data, got {shown!r}") from error
+        reason = str(error.__context__ or error)[:300]
+        raise ValueError(f"expected an existing image file, a URL or base64 data, got {shown!r}: {reason}") from error
 
 
 def _open_file(path: str) -> PIL.Image.Image:
     try:
         with PIL.Image.open(path) as image:
+            check_file_size(image)
             image.load()
             PIL.ImageOps.exif_transpose(image, in_place=True)
             return image
@@ -91,12 +94,15 @@ def read_image(image: Any, do_convert_rgb: bool, input_data_format: str | Channe
         uint8 grey levels, or float32 for float arrays, on the device the image was on.
 
     Raises:
-        ValueError: if values or dimensions do not fit.
+        ValueError: if values or dimensions do not fit, or a PIL image has more pixels than Pillow takes for safe.
     """
     if isinstance(image, PIL.Image.Image):
+        check_file_size(image)
         pixels, input_data_format = torch.from_numpy(_pil_pixels(image, do_convert_rgb)), ChannelDimension.LAST
     else:
         pixels = _as_tensor(image)
+    if 0 in pixels.shape:
+        raise ValueError(f"expected an image with pixels, got shape {tuple(pixels.shape)}")
     pixels = _channels_first(_as_levels(pixels), input_data_format)
     return (_to_rgb(pixels) if do_convert_rgb else pixels).contiguous()
 
@@ -137,6 +143,8 @@ def _as_levels(values: Tensor) -> Tensor:
     if values.dtype == torch.uint8:
         return values
     if values.is_floating_point():
+        if not bool((values.abs() <= MOST_MAGNITUDE).all()):  # not true of NaN either
+            raise ValueError(f"expected finite pixel values of at most {MOST_MAGNITUDE:g}, got others")
         return values.to(torch.float32)
     if values.dtype == torch.bool:
         return values.to(torch.uint8) * 255
@@ -190,6 +198,8 @@ def read_label_map(source: Any) -> Tensor:
     Raises:
         ValueError: if the map has more than one channel or no integer values.
     """
+    if isinstance(source, PIL.Image.Image):
+        check_file_size(source)
     values = _as_tensor(np.array(source) if isinstance(source, PIL.Image.Image) else source)
     if values.ndim != 2 or values.is_floating_point():
         raise ValueError(
@@ -202,19 +212,22 @@ def read_label_map(source: Any) -> Tensor:
 
 
 def resized_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
-    """Height and width after resizing to `size`: a shortest edge (and perhaps a longest), a box, or a fixed size."""
+    """Height and width after resizing to `size`: a shortest edge (and perhaps a longest), a box, or a fixed size.
+
+    Raises:
+        ValueError: if `size` has none of these, or the image would have no pixels or too many.
+    """
     if size.shortest_edge:
-        return get_size_with_aspect_ratio((height, width), size.shortest_edge, size.longest_edge)
-    if size.max_height and size.max_width:
-        return get_image_size_for_max_height_width((height, width), size.max_height, size.max_width)
-    if size.height and size.width:
-        return size.height, size.width
-    raise ValueError(f"expected size with shortest_edge, height and width, or max_height and max_width, got {size}")
-
-
-def pil_filter(resample: Any) -> PILImageResampling:
-    """The Pillow name of a resampling filter given as Pillow's enum, its integer, or torchvision's enum."""
-    return PILImageResampling(torch_pil_interpolation_mapping.get(resample, resample))
+        resized = get_size_with_aspect_ratio((height, width), size.shortest_edge, size.longest_edge)
+    elif size.max_height and size.max_width:
+        resized = get_image_size_for_max_height_width((height, width), size.max_height, size.max_width)
+    elif size.height and size.width:
+        resized = size.height, size.width
+    else:
+        raise ValueError(
+            f"expected size with shortest_edge, height and width, or max_height and max_width, got {size}"
+        )
+    return check_extent(f"a resized image (it has {height} x {width} pixels)", *resized)
 
 
 def resize_nearest(image: Tensor, height: int, width: int) -> Tensor:
@@ -228,6 +241,7 @@ def center_crop(image: Tensor, size: SizeDict, fill: int = 0) -> Tensor:
     """Crop `(..., H, W)` to the middle `size`; an edge that is too short is first padded with `fill`, evenly."""
     if not (size.height and size.width):
         raise ValueError(f"expected crop_size with height and width, got {size}")
+    check_extent("a crop", size.height, size.width)
     missing_rows, missing_columns = max(size.height - image.shape[-2], 0), max(size.width - image.shape[-1], 0)
     left, top = missing_columns // 2, missing_rows // 2
     image = F.pad(image, (left, missing_columns - left, top, missing_rows - top), value=fill)
@@ -245,7 +259,7 @@ def padded_size(
             raise ValueError(f"expected pad_size with height and width, got {pad_size}")
         height, width = pad_size.height, pad_size.width
     step = size_divisor or 1
-    return -(-height // step) * step, -(-width // step) * step
+    return check_extent("a padded image", -(-height // step) * step, -(-width // step) * step)
 
 
 def fit_label_map(
@@ -270,24 +284,6 @@ def pad_label_map(labels: Tensor, height: int, width: int) -> Tensor:
 def like(image: np.ndarray | Tensor, labels: Tensor) -> np.ndarray | Tensor:
     """Labels as what the image is: a numpy array, or a tensor on the same device."""
     return labels.to(image.device) if isinstance(image, Tensor) else labels.numpy()
-
-
-def check_statistics(images: Sequence[Any], **statistics: float | Sequence[float]) -> None:
-    """Raise ValueError if a mean or std has not one value per channel of the images `(C, H, W)`; numbers fit any."""
-    for channels in {image.shape[0] for image in images}:
-        for name, values in statistics.items():
-            if isinstance(values, Sequence) and len(values) != channels:
-                raise ValueError(
-                    f"expected {name} of {channels} values, one per image channel, got {len(values)}: {values}"
-                )
-
-
-def check_one_shape(images: Sequence[Any]) -> None:
-    """Raise ValueError if images `(C, H, W)` cannot be stacked into one batch."""
-    if len(shapes := {tuple(image.shape) for image in images}) != 1:
-        raise ValueError(
-            f"expected images of one shape to stack, got {sorted(shapes)}; use do_pad=True, a fixed size or a crop"
-        )
 
 
 # ---- predicted maps ------------------------------------------------------------------------------------------------
@@ -320,7 +316,7 @@ def _upsample(logits: Tensor, target_size: Any, mask: Tensor | None) -> Tensor:
     logits = logits[:, : math.ceil(rows), : math.ceil(columns)].float()
     if target_size is None:
         return logits
-    height, width = (int(edge) for edge in target_size)
+    height, width = check_extent("a segmentation map", *(int(edge) for edge in target_size))
     # grid_sample rather than interpolate: the image may end inside the last row or column of logits
     y = (torch.arange(height, device=logits.device) + 0.5) * (2 * rows / height / logits.shape[-2]) - 1
     x = (torch.arange(width, device=logits.device) + 0.5) * (2 * columns / width / logits.shape[-1]) - 1

@@ -27,21 +27,19 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .image_inputs import (
     center_crop,
-    check_one_shape,
-    check_statistics,
     fit_label_map,
     flatten_images,
     like,
     open_image,
     pad_label_map,
     padded_size,
-    pil_filter,
     read_image,
     read_label_map,
     resize_nearest,
     resized_size,
     segmentation_scores,
 )
+from .processor_checks import check_one_shape, check_options, check_statistics, pil_filter
 
 
 class ViTRegImageProcessorKwargs(ImagesKwargs, total=False):
@@ -97,7 +95,31 @@ class ViTRegImageProcessorMixin(BaseImageProcessor):
     do_reduce_labels = False
 
     def __init__(self, **kwargs: Unpack[ViTRegImageProcessorKwargs]) -> None:
+        """Take the options; raises ValueError for those of a wrong type or out of range."""
+        own = self.valid_kwargs.__annotations__
+        for name in kwargs.keys() - own.keys():
+            if hasattr(type(self), name):  # from a file: it would hide a method
+                raise ValueError(f"expected options of {type(self).__name__}, got {name!r}")
         super().__init__(**_with_fitting_crop(kwargs))
+        check_options({name: getattr(self, name, None) for name in own})
+
+    @classmethod
+    def get_image_processor_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read the options of a saved processor, as Transformers does.
+
+        Raises:
+            ValueError: if the file is nested too deep to be read, or holds no dictionary.
+        """
+        try:
+            options, unused = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
+        except RecursionError as error:
+            place = pretrained_model_name_or_path
+            raise ValueError(f"expected a processor file of a few levels in {place}, got a deeper one") from error
+        if not isinstance(options, dict):
+            raise ValueError(f"expected a processor file that holds a dictionary, got {type(options).__name__}")
+        return options, unused
 
     def preprocess(
         self,
@@ -168,8 +190,7 @@ class ViTRegImageProcessorMixin(BaseImageProcessor):
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:  # type: ignore[override]  # passed on by name
         super()._validate_preprocess_kwargs(**kwargs)
-        if (divisor := kwargs["size_divisor"]) is not None and divisor < 1:
-            raise ValueError(f"expected a positive size_divisor, got {divisor}")
+        check_options(kwargs)
         if kwargs["data_format"] not in (None, ChannelDimension.FIRST):
             raise ValueError(f"expected data_format 'channels_first', got {kwargs['data_format']!r}")
 

@@ -12,8 +12,9 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
 from transformers.utils import requires_backends
 
-from .image_inputs import pil_filter, read_image, resize_nearest, resized_size
+from .image_inputs import read_image, resize_nearest, resized_size
 from .image_processing_pil_vitreg import ViTRegImageProcessorKwargs, ViTRegImageProcessorMixin
+from .processor_checks import pil_filter
 
 
 def _needs_two_passes(image: Tensor, resample: PILImageResampling) -> bool:

@@ -10,11 +10,13 @@ D channels of the residual stream, h heads of d channels.
 
 import operator
 import os
+import pathlib
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -29,6 +31,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import ViTRegAttention
+from .checkpoint_checks import check_checkpoint
 from .configuration_vitreg import ViTRegConfig
 from .embeddings import ViTRegEmbeddings
 from .outputs import (
@@ -200,6 +203,49 @@ class ViTRegPreTrainedModel(PreTrainedModel):
                     init.normal_(token, mean=0.0, std=self.config.token_initializer_range)
             if module.mask_token is not None:
                 init.zeros_(module.mask_token)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # names what it reads
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *args: Any,
+        weights_only: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Load as Transformers does.
+
+        Raises:
+            ValueError: for `weights_only=False`, as pickles can run code; for a file of weights that cannot be read,
+                has another type of values, or is too small for what the config describes.
+        """
+        if not weights_only:
+            raise ValueError(f"Expected weights_only=True, as a pickle can run code, got {weights_only!r}")
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            source = pretrained_model_name_or_path
+            raise ValueError(f"Expected readable safetensors files in {source}, got: {error}") from error
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        check_checkpoint(
+            model,
+            state_dict,
+            checkpoint_files,
+            load_config.pretrained_model_name_or_path,
+            load_config.is_quantized,
+            load_config.ignore_mismatched_sizes,
+        )
+        return PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
+
+    def _load_and_finalize_distributed_pretrained_model(self, folder: str, *args: Any, **kwargs: Any) -> Any:
+        """The same for what newer versions of Transformers take for shards of a distributed training, by name."""
+        check_checkpoint(self, None, sorted(str(file) for file in pathlib.Path(folder).glob("*.safetensors")), folder)
+        return super()._load_and_finalize_distributed_pretrained_model(folder, *args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save as Transformers does; after `register_for_auto_class`, with code and all Auto classes in the map."""

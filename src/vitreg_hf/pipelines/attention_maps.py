@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _HEADS = ("mean", "all")
 
 
-class AttentionMapsPipeline(ReadsImages, Pipeline):
+class AttentionMapsPipeline(ReadsImages, Pipeline):  # type: ignore[misc]  # see ReadsImages
     """Attention of CLS and registers to the patches of an image; reads and names images as `ReadsImages` says.
 
     For models of this family under any attention backend, with any head, and for the vision models of Transformers
@@ -44,14 +44,15 @@ class AttentionMapsPipeline(ReadsImages, Pipeline):
         from 0; and `overlay`, a PIL image of the maps (mean over heads) over the image as the model saw it.
 
     Raises:
-        ValueError: for a model of another family, or with neither CLS nor registers, for options other than these,
+        ValueError: for a model of another family, or with neither CLS nor registers, for options of other values,
             for a model in training mode, and for images that the patch size does not divide, unless the model pads.
     """
 
-    _load_processor = False
-    _load_image_processor = True  # type: ignore[assignment]  # Transformers' own do so too
-    _load_feature_extractor = False
-    _load_tokenizer = False
+    # Declared as None by Transformers, and set like this by all its pipelines.
+    _load_processor = False  # type: ignore[assignment]
+    _load_image_processor = True  # type: ignore[assignment]
+    _load_feature_extractor = False  # type: ignore[assignment]
+    _load_tokenizer = False  # type: ignore[assignment]
 
     @cached_property
     def _anatomy(self) -> Anatomy:

@@ -16,11 +16,11 @@ from vitreg_hf.pipelines.images import ReadsImages
 TOKENS = ("cls_token", "register_tokens", "patch_tokens", "patch_map", "pooler_output", "last_hidden_state")
 
 
-class CheckedImageClassificationPipeline(ReadsImages, ImageClassificationPipeline):
+class CheckedImageClassificationPipeline(ReadsImages, ImageClassificationPipeline):  # type: ignore[misc]  # see ReadsImages
     """Transformers' image classification; reads and names images as `ReadsImages` says."""
 
 
-class CheckedImageSegmentationPipeline(ReadsImages, ImageSegmentationPipeline):
+class CheckedImageSegmentationPipeline(ReadsImages, ImageSegmentationPipeline):  # type: ignore[misc]  # see ReadsImages
     """Transformers' image segmentation; reads and names images as `ReadsImages` says."""
 
     def _prepare_array(self, array: Any, subtask: str | None = None, **options: Any) -> Any:
@@ -31,7 +31,7 @@ class CheckedImageSegmentationPipeline(ReadsImages, ImageSegmentationPipeline):
         return inputs
 
 
-class TokenFeaturesPipeline(ReadsImages, ImageFeatureExtractionPipeline):
+class TokenFeaturesPipeline(ReadsImages, ImageFeatureExtractionPipeline):  # type: ignore[misc]  # see ReadsImages
     """Transformers' image feature extraction, with tokens by name; reads and names images as `ReadsImages` says.
 
     Args (when it is made, or called):
@@ -48,7 +48,7 @@ class TokenFeaturesPipeline(ReadsImages, ImageFeatureExtractionPipeline):
             or `pool=True` together with `tokens`.
     """
 
-    def _sanitize_parameters(
+    def _sanitize_parameters(  # type: ignore[override]  # passes the others on
         self, tokens: str | Sequence[str] | None = None, **options: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         preprocess, forward, postprocess = super()._sanitize_parameters(**options)
@@ -76,7 +76,7 @@ class TokenFeaturesPipeline(ReadsImages, ImageFeatureExtractionPipeline):
         if "register_tokens" in names and not config.num_register_tokens:
             raise ValueError("Expected a model with registers for 'register_tokens', got one with none")
 
-    def postprocess(
+    def postprocess(  # type: ignore[override]  # names its options, as all of Transformers' pipelines do
         self,
         model_outputs: Any,
         pool: bool | None = None,

@@ -81,7 +81,7 @@ def hardware(accelerator: Accelerator) -> dict[str, Any]:
     on_gpu = accelerator.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(accelerator.device) if on_gpu else accelerator.device.type,
-        "processor": _processor_name(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "processes": accelerator.num_processes,
         "threads_per_process": torch.get_num_threads(),
@@ -89,7 +89,7 @@ def hardware(accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
     """Model of the CPU as Linux names it; its architecture elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

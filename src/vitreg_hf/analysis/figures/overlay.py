@@ -25,6 +25,13 @@ _PANEL = 2.1  # inches, the longer side of an image
 _COLOURS = "inferno"
 _OPACITY = 0.6  # of the map over the image
 _GREY = 0.5  # of the image below the colour bar
+_HEADING_WIDTH = 1.6  # inches that the heading of a panel takes
+_BAR = 1.9  # inches
+_EXPLANATION = (
+    "CLS and registers are tokens that the network adds to those of the image's patches. A panel shows how one of "
+    "them shares out its attention (mean of heads): coloured patches get it, each panel from 0 to its own brightest "
+    "patch; what is not on patches goes to CLS and registers."
+)
 
 
 def attention_overlay(
@@ -49,7 +56,7 @@ def attention_overlay(
     """
     if maps.ndim != 3 or len(maps) != len(token_names) or len(maps) == 0:
         raise ValueError(f"Expected one map (rows, columns) for each of {len(token_names)} tokens, got {maps.shape}")
-    figure = new_figure(*_size(image, 1 + len(maps)))
+    figure = _figure_for(image, 1 + len(maps), title)
     columns = min(1 + len(maps), _PANELS_PER_ROW)
     panels = figure.subplots(-(-(1 + len(maps)) // columns), columns, squeeze=False)
     grey = image.mean(axis=2, keepdims=True).repeat(3, axis=2) / 255
@@ -59,17 +66,22 @@ def attention_overlay(
         _draw_panel(axes, grey, values.astype(float), name)
     for axes in panels.flat[1 + len(maps) :]:
         axes.axis("off")
-    _explain(figure, panels)
-    figure.suptitle(fitted(title, figure.get_figwidth(), size=11), fontsize=11)
+    _add_colour_bar(figure, panels)
     return _rendered(figure)
 
 
-def _size(image: NDArray[np.uint8], count: int) -> tuple[float, float]:
-    """Width and height in inches of a figure of so many panels."""
+def _figure_for(image: NDArray[np.uint8], count: int, title: str) -> Figure:
+    """A figure that has room for so many panels, and for the title and the explanation that it holds already."""
     height, width = image.shape[:2]
     scale = _PANEL / max(height, width)
     columns = min(count, _PANELS_PER_ROW)
-    return max(1.3, scale * width + 0.1) * columns + 1.3, (scale * height + 0.5) * -(-count // columns) + 0.9
+    inches = max(_HEADING_WIDTH, scale * width + 0.1) * columns + 0.2
+    heading, explanation = fitted(title, inches, size=11), fitted(_EXPLANATION, inches, size=8)
+    lines = 0.19 * len(heading.split("\n")) + 0.15 * len(explanation.split("\n"))
+    figure = new_figure(inches, (scale * height + 0.68) * -(-count // columns) + lines + 0.6)
+    figure.suptitle(heading, fontsize=11)
+    figure.supxlabel(explanation, fontsize=8)
+    return figure
 
 
 def _draw_panel(axes: Axes, grey: NDArray[Any], values: NDArray[Any], name: str) -> None:
@@ -86,25 +98,21 @@ def _draw_panel(axes: Axes, grey: NDArray[Any], values: NDArray[Any], name: str)
         interpolation="nearest",
     )
     axes.set(xticks=[], yticks=[])
-    axes.set_title(f"{name}\n{values.sum():.0%} on patches, at most {_percent(highest)}", fontsize=9)
+    shares = f"{_percent(values.sum())} on patches\nbrightest patch {_percent(highest)}"
+    axes.set_title(f"{name}\n{shares}", fontsize=9)
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %"
+    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
 
 
-def _explain(figure: Figure, panels: Any) -> None:
-    """A colour bar in the colours of the panels, and what they and the numbers mean."""
+def _add_colour_bar(figure: Figure, panels: Any) -> None:
+    """A colour bar in the colours of the panels, which lie over grey."""
     pure = matplotlib.colormaps[_COLOURS](np.linspace(0, 1, 256))
     over_grey = ListedColormap(_OPACITY * pure[:, :3] + (1 - _OPACITY) * _GREY)
-    bar = figure.colorbar(ScalarMappable(cmap=over_grey), ax=panels, ticks=[0, 1], aspect=18)
-    bar.ax.set_yticklabels(["0", "most\nattended\npatch"], fontsize=8)
-    bar.set_label("attention, mean of heads", fontsize=8)
-    text = (
-        "Colours run from 0 to each panel's own most attended patch, whose share of the token's attention is given "
-        'as "at most". What is not on patches is on CLS and registers.'
-    )
-    figure.supxlabel(fitted(text, figure.get_figwidth(), size=8), fontsize=8)
+    part = _BAR / figure.get_figwidth()
+    bar = figure.colorbar(ScalarMappable(cmap=over_grey), ax=panels, location="bottom", shrink=part, aspect=18)
+    bar.set_ticks([0, 1], labels=["attention 0", "brightest patch"], fontsize=8)
 
 
 def _rendered(figure: Figure) -> PIL.Image.Image:
