@@ -28,6 +28,7 @@ demo: $(READY) ## train on digits with and without registers, save, load back, d
 	$(ONE_THREAD) $(LAUNCH) examples/train_image_classification.py --output_dir $(DEMO)-plain --num_register_tokens 0
 	$(ONE_THREAD) $(BIN)/python examples/inference.py --model_dir $(DEMO) --compare_with $(DEMO)-plain
 	$(ONE_THREAD) $(BIN)/python examples/artifacts.py --model_dir $(DEMO) --compare_with $(DEMO)-plain
+	$(BIN)/vitreg card $(DEMO)
 	@echo "with registers:    $$(grep -m1 '"accuracy"' $(DEMO)/results.json) in $(DEMO)"
 	@echo "without registers: $$(grep -m1 '"accuracy"' $(DEMO)-plain/results.json) in $(DEMO)-plain"
 	@echo "model card:        $(DEMO)/README.md"
@@ -60,4 +61,4 @@ floor: $(FLOOR)/.ready ## run the tests with the oldest supported Transformers a
 	$(ONE_THREAD) $(FLOOR)/bin/python -m pytest -n 2 --dist loadscope -W ignore::DeprecationWarning -W ignore::FutureWarning
 
 clean: ## remove environments, caches and outputs
-	rm -rf $(VENV) $(FLOOR) .cache outputs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(FLOOR) .cache outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -28,12 +28,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, PreTrainedModel
 from transformers.hf_argparser import DataClassType
+from vitreg_hf.hub.publish import PublishError, check_access, publish
 
 from vitreg_hf import ViTRegConfig, ViTRegForImageClassification, ViTRegImageProcessor
 from vitreg_hf.analysis.figures import training_curve
 from vitreg_hf.analysis.weights import fingerprint
+from vitreg_hf.hub.card_checks import check_license
 from vitreg_hf.hub.cards import card_of, save_card
-from vitreg_hf.hub.publish import PublishError, check_access, publish
 from vitreg_hf.training.augmentation import EvaluationTransform, Mixing, TrainingTransform, mixing
 from vitreg_hf.training.checkpointing import (
     Progress,
@@ -54,6 +55,7 @@ from vitreg_hf.training.metrics import Accuracy, TopKAccuracy
 from vitreg_hf.training.optim import create_ema, create_optimizer, create_schedule, optimizer_steps
 from vitreg_hf.training.results import describe_data, describe_training, staged_folder, write_results
 from vitreg_hf.training.settings import FILE_SETTINGS, ImageClassificationSettings
+from vitreg_hf.training.speed import describe_speed
 
 # Where files lie and how long a training may go on: none of it changes what an epoch does.
 FREE_ON_RESUME = (*FILE_SETTINGS, "early_stopping_patience")
@@ -80,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     (settings,) = HfArgumentParser(DataClassType(ImageClassificationSettings)).parse_args_into_dataclasses(argv)
     config = settings.model_config()
+    if settings.hub_license is not None:
+        check_license(settings.hub_license)
     if settings.push_to_hub:
         settings.hub_model_id = check_access(settings.hub_model_id or f"vitreg-{settings.source_name()}")
     checkpoints = settings.output_folder / "checkpoints"
@@ -124,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             **describe_training(settings, accelerator, model, progress),
             "data": describe_data(data, skipped=sorted(str(one) for one in unreadable)),
             "metrics": metrics,
-            "speed": describe_speed(model, processor),
+            "speed": describe_speed(model, processor, settings.per_device_eval_batch_size),
             "license": settings.hub_license,
             "command": shlex.join(["python", *sys.argv]),
         }

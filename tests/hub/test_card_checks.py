@@ -23,7 +23,9 @@ def result(**fields):
 def test_a_good_card_passes():
     check_card(card_with(eval_results=[result()], model_name="a", tags=["vision"], datasets=["mnist"]), "alice/things")
     several = [result(), result(dataset_type="mnist"), result(metric_type="f1")]  # the Hub reads the last one second
-    check_card(card_with(eval_results=several, model_name="a"))
+    card = card_with(eval_results=several, model_name="a")
+    card.data.eval_results = several
+    check_card(card)
     check_card(ModelCard("---\nlicense: [mit, apache-2.0]\n---\n"))
     check_card(ModelCard("---\nlibrary_name: transformers\n---\nno licence is no mistake"))
 

@@ -20,9 +20,8 @@ SERVER = r"""
 import json, os, resource, signal, sys
 
 import numpy, PIL.Image, torch, transformers
-from transformers.pipelines import pipeline
+from transformers import pipeline
 import vitreg_hf
-from vitreg_hf.model import modeling_vitreg, image_inputs
 
 torch.set_num_threads(1)
 
@@ -31,7 +30,7 @@ def work(job, answer):
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     limit = used + job["megabytes"] * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    names = {"argument": job["argument"], "result": None}
+    names = {**globals(), "argument": job["argument"], "result": None}
     report = {}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:

@@ -19,8 +19,8 @@ fixed = settings(
 )
 REFUSED = {"ValueError", "StrictDataclassError"}
 LOADERS = {
-    "auto": "import transformers; transformers.AutoConfig.from_pretrained(argument)",
-    "own": "import vitreg_hf; vitreg_hf.ViTRegConfig.from_pretrained(argument)",
+    "auto": "transformers.AutoConfig.from_pretrained(argument)",
+    "own": "vitreg_hf.ViTRegConfig.from_pretrained(argument)",
 }
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
 

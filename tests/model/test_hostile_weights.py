@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from vitreg_hf import ViTRegForImageClassification, ViTRegModel
 from vitreg_hf.model import checkpoint_checks
 
-AUTO = "import transformers; transformers.AutoModelForImageClassification.from_pretrained(argument)"
+AUTO = "transformers.AutoModelForImageClassification.from_pretrained(argument)"
 WEIGHTS = "model.safetensors"
 GIANT = {"hidden_size": 16384, "num_hidden_layers": 30, "num_attention_heads": 128, "intermediate_size": 65536}
 META = {"format": "pt"}
@@ -139,7 +139,7 @@ class TestTensors:
         assert f"Expected '{KEY}' of shape (48,), got {shape}; with ignore_mismatched_sizes=True" in report.error
 
     def test_a_backbone_reads_the_types_of_a_file_with_a_head(self, load: Any) -> None:
-        code = "import transformers; transformers.AutoModel.from_pretrained(argument)"
+        code = "transformers.AutoModel.from_pretrained(argument)"
         report = load(changed(**{KEY: torch.zeros(48, dtype=torch.int64)}), code)
         assert_refused(report, f"floating point values for '{KEY}'")
 

@@ -273,10 +273,17 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
         check_saved(config_dict)
         saved = {"model_type": cls.model_type, **config_dict}
         overrides = {name: kwargs.pop(name) for name in cls._accepted_arguments() & kwargs.keys() - _LEFT_TO_BASE}
-        last_stage = [f"stage{saved.get('num_hidden_layers')}"]
-        if overrides.keys() & {"out_features", "out_indices"} or saved.get("out_features") == last_stage:
-            saved = {name: value for name, value in saved.items() if name not in ("out_features", "out_indices")}
-        return super().from_dict({**saved, **overrides}, **kwargs)
+        stages = {"out_features", "out_indices"}
+        if overrides.keys() & stages:
+            left_out = stages
+        elif saved.get("out_features") == [
+            f"stage{saved.get('num_hidden_layers')}"
+        ]:  # the last stage follows the depth
+            left_out = stages if saved.get("out_indices") != [-1] else {"out_features"}
+        else:
+            left_out = set()
+        kept = {name: value for name, value in saved.items() if name not in left_out}
+        return super().from_dict({**kept, **overrides}, **kwargs)
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:

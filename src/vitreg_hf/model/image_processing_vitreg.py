@@ -26,6 +26,15 @@ def _needs_two_passes(image: Tensor, resample: PILImageResampling) -> bool:
     return image.dtype == torch.uint8 and image.device.type != "cpu" and resample != PILImageResampling.BILINEAR
 
 
+def _needs_more_channels(image: Tensor, width: int) -> bool:
+    """Whether torch's CPU kernel for at most four channels of bytes would resize `(..., C, H, W)` wrongly.
+
+    It returns pixels of elsewhere, or stops at an assertion of its own, where the result is one column wide (torch
+    to 2.15); its kernel for more channels does not.
+    """
+    return width == 1 and image.dtype == torch.uint8 and image.device.type == "cpu" and image.shape[-3] < 5
+
+
 class ViTRegImageProcessor(ViTRegImageProcessorMixin, TorchvisionBackend):
     """Prepares images with torchvision, grouped by shape, on any device. Options: `ViTRegImageProcessorMixin`."""
 
@@ -68,7 +77,11 @@ class ViTRegImageProcessor(ViTRegImageProcessorMixin, TorchvisionBackend):
             raise ValueError(f"expected resample NEAREST, BILINEAR, BICUBIC or LANCZOS, got {resample.name}")
         if _needs_two_passes(image, resample):
             image = super().resize(image, SizeDict(height=image.shape[-2], width=width), resample, antialias, **kwargs)
-        return super().resize(image, SizeDict(height=height, width=width), resample, antialias, **kwargs)
+        channels = image.shape[-3]
+        if _needs_more_channels(image, width):
+            image = torch.cat([image] * 5, dim=-3)
+        resized = super().resize(image, SizeDict(height=height, width=width), resample, antialias, **kwargs)
+        return resized[..., :channels, :, :]
 
 
 __all__ = ["ViTRegImageProcessor"]
