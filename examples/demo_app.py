@@ -41,17 +41,16 @@ A Vision Transformer cuts an image into square *patches* and computes with one *
 token called **CLS** that sums the image up. **Registers** are a few more tokens, learned and without a place in the
 image: scratch space, so that the model need not overwrite patches of background for that
 ([Darcet et al., 2024](https://arxiv.org/abs/2309.16588))."""
-HINT = "<p class='hint'>Choose an image and press Analyse, or click an example. The pictures appear here.</p>"
+START = "<p>Choose an image and press Analyse, or click an example. Attention and norms appear below.</p>"
+DONE = "<p>Attention and norms are below. Look into other layers and single heads, too.</p>"
 STYLE = """
 #upload img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }
-#examples .gallery { display: grid; grid-template-columns: repeat(5, 1fr); gap: 8px; }
-#examples .gallery-item, #examples .gallery-item * { width: 100%; height: auto; }
-.pictures { display: flex; flex-wrap: wrap; gap: 28px; align-items: center; }
-.pictures > * { flex: 1 1 300px; margin: 0; font-size: 16px; line-height: 1.45; }
-.pictures .wide { flex: 2 1 600px; }
-.pictures img { width: 100%; }
+.seen { display: flex; flex-wrap: wrap; gap: 12px 32px; align-items: center; font-size: 16px; line-height: 1.5; }
+.seen figure { margin: 0; flex: 1 1 1200px; }
+.seen figure.narrow { flex: 1 1 560px; max-width: 720px; }
+.seen img { width: 100%; background: white; }
+.seen div { flex: 1 1 320px; }
 .alert { border-left: 4px solid #b3261e; background: #fdecea; color: #611a15; padding: 12px 16px; font-size: 16px; }
-.hint { font-size: 16px; }
 """
 TOP_CLASSES, EXAMPLES, LARGEST_UPLOAD = 5, 10, "50mb"
 
@@ -116,8 +115,10 @@ def classes_of(subject: Subject, pixels: Tensor) -> dict[str, float] | None:
     logits = classify(subject, pixels)[0].float()
     several = config.problem_type == "multi_label_classification" or len(logits) == 1
     probabilities, order = (logits.sigmoid() if several else logits.softmax(dim=0)).sort(descending=True)
-    names = [config.id2label[index] for index in order.tolist()]
-    return dict(zip(names, probabilities.tolist(), strict=True))
+    classes: dict[str, float] = {}
+    for index, probability in zip(order.tolist(), probabilities.tolist(), strict=True):
+        classes.setdefault(config.id2label[index], probability)  # ImageNet has two classes called "crane"
+    return classes
 
 
 # ---- what the page says of it --------------------------------------------------------------------------------------
@@ -140,8 +141,8 @@ def attention_html(seen: Seen, layer: int, head: int) -> str:
         picture = figure(path, f"What {', '.join(seen.names)} attend to in layer {layer}, {which}")
     shares = ", ".join(f"{name} {values.sum():.0%}" for name, values in zip(seen.names, maps, strict=True))
     return f"""<h2>What CLS and registers attend to: layer {layer} of {len(seen.attention)}, {which}</h2>
-        {picture}<p class='hint'>Bright patches are read, dark ones are not. Share of its attention that each token
-        spends on patches: {shares}; the rest goes to CLS and registers.</p>"""
+        <div class='seen'>{picture}<div>Of its attention each token spends on patches: {shares}. The rest goes to CLS
+        and registers. Attention is a probability: that of a token adds up to 100 %.</div></div>"""
 
 
 def norms_html(seen: Seen, layer: int) -> str:
@@ -151,29 +152,31 @@ def norms_html(seen: Seen, layer: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "norms.png"
         norm_maps(seen.image[None], norms[None], limit, path, captions=[""], title="")
-        picture = figure(path, f"Norm of each patch token after layer {layer}, and patches above the cutoff", "wide")
-    return f"""<h2>Patch norms: after layer {layer} of {len(seen.norms)}</h2><div class='pictures'>{picture}<div>
-        <p><b>{(norms > limit).sum()} of {norms.size} patches are outliers</b>: their norm is above {limit:.3g},
-        which is {CUTOFF_RULES["median"]:g} times the median of this image, {median:.3g}.
-        The largest is {largest:.3g}, {largest / median:.2g} times the median.</p>
+        picture = figure(path, f"Norm of each patch token after layer {layer}, and patches above the cutoff", "narrow")
+    return f"""<h2>Patch norms: after layer {layer} of {len(seen.norms)}</h2><div class='seen'>{picture}<div>
+        <p><b>Outliers: {(norms > limit).sum()} of {norms.size} patches.</b> An outlier has a norm above {limit:.3g},
+        {CUTOFF_RULES["median"]:g} times the median of this image ({median:.3g}). The largest norm is {largest:.3g},
+        {largest / median:.2g} times the median.</p>
         <p>The norm of a patch is the length (L2) of its token, in units of the model. Large models trained without
-        registers overwrite a few patches, mostly of background, whose norms then exceed the others many times:
+        registers overwrite a few patches, mostly of background, whose norms are then many times those of the others:
         the artifacts that registers remove.</p></div></div>"""
 
 
 def figure(path: Path, description: str, kind: str = "") -> str:
     """A PNG inside the page, with a description for those who do not see it."""
     source = f"data:image/png;base64,{b64encode(path.read_bytes()).decode()}"
-    return f"<figure class='{kind}' style='margin: 0'><img src='{source}' alt='{html.escape(description)}'></figure>"
+    return f"<figure class='{kind}'><img src='{source}' alt='{html.escape(description)}'></figure>"
 
 
 def facts(subject: Subject, seen: Seen) -> str:
     """The model in one paragraph."""
     (height, width), (layers, heads) = subject.layout.patch_size, seen.attention.shape[:2]
     weights = sum(parameter.numel() for parameter in subject.model.parameters())
-    tokens = f"{', '.join(seen.names) or 'neither CLS nor registers'}, and {seen.norms[0].numel()} patches"
+    registers = sum(name.startswith("register") for name in seen.names)
+    prefix = [*seen.names[: len(seen.names) - registers], f"{registers} registers"]
+    tokens = f"{', '.join(prefix)} and {seen.norms[0].numel()} patches"
     return (
-        f"**{subject.name}**: {layers} layers of {heads} heads, {weights:,} parameters. Tokens: {tokens} of "
+        f"**{subject.name}**: {layers} layers of {heads} attention heads, {weights:,} parameters. Tokens: {tokens} of "
         f"{height} x {width} pixels, for images that it sees at {seen.image.shape[0]} x {seen.image.shape[1]}."
     )
 
@@ -187,17 +190,6 @@ def page(subject: Subject, examples: Sequence[Path]) -> Any:
 
     grey = look(subject, PIL.Image.new("RGB", (256, 256), "grey"))  # counts layers and heads; a bad model fails here
     layers, heads = grey.attention.shape[:2]
-    choices = [("mean of heads", 0), *((f"head {head}", head) for head in range(1, heads + 1))]
-
-    def analyse(upload: dict[str, Any] | None) -> tuple[Any, Any, Seen | None]:
-        try:
-            seen = look(subject, opened(upload))
-        except ValueError as error:
-            return gr.HTML(f"<p class='alert' role='alert'>{html.escape(str(error))}</p>", visible=True), None, None
-        return gr.HTML(visible=False), seen.classes or "no classification head", seen
-
-    def draw(seen: Seen | None, layer: int, head: int) -> tuple[str, str]:
-        return (attention_html(seen, int(layer), head), norms_html(seen, int(layer))) if seen else ("", "")
 
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as blocks:
         seen = gr.State()
@@ -206,24 +198,40 @@ def page(subject: Subject, examples: Sequence[Path]) -> Any:
             with gr.Column(scale=2, min_width=280):
                 upload = gr.Image(label="Image", sources=["upload", "clipboard"], height=250, elem_id="upload")
                 button = gr.Button("Analyse", variant="primary")
-            with gr.Column(scale=3, min_width=320, elem_id="examples"):
-                gr.Markdown(facts(subject, grey))
-                clickable = gr.Examples([[str(file)] for file in examples], upload, visible=bool(examples))
+                message = gr.HTML(START)
             with gr.Column(scale=3, min_width=320):
-                classes = gr.Label(label=f"The {TOP_CLASSES} likeliest classes", num_top_classes=TOP_CLASSES)
+                gr.Markdown(facts(subject, grey))
+                files = [[str(file)] for file in examples]
+                clickable = gr.Examples(files, upload, label="Or click an example", visible=bool(files))
+            with gr.Column(scale=3, min_width=320):
+                label = f"The {TOP_CLASSES} likeliest classes, with probabilities"
+                classes = gr.Label(label=label, num_top_classes=TOP_CLASSES)
         with gr.Row():
             layer = gr.Slider(1, layers, value=layers, step=1, label="Layer", info="of attention and norms")
+            choices = [("mean of heads", 0), *((f"head {head}", head) for head in range(1, heads + 1))]
             head = gr.Dropdown(choices, value=0, label="Attention head", info="one, or the mean of all")
-        message, attention, norms = gr.HTML(HINT), gr.HTML(), gr.HTML()
+        attention, norms = gr.HTML(), gr.HTML()
 
-        pictures = {"fn": draw, "inputs": [seen, layer, head], "outputs": [attention, norms]}
+        def analyse(upload: dict[str, Any] | None) -> tuple[str, Any, Seen | None]:
+            return answer(subject, upload)
+
+        pictures: dict[str, Any] = {"fn": drawn, "inputs": [seen, layer, head], "outputs": [attention, norms]}
         for start in (button.click, clickable.load_input_event.then):
-            # Not decoded by Gradio, whose message for a broken file is a traceback.
+            # Without preprocessing: Gradio would decode the file, and a broken one would end in a traceback.
             analysed = start(analyse, upload, [message, classes, seen], preprocess=False, concurrency_id="model")
             analysed.then(**pictures)
         for control in (layer, head):
             control.change(**pictures, trigger_mode="always_last", show_progress="hidden")
     return blocks
+
+
+def answer(subject: Subject, upload: dict[str, Any] | None) -> tuple[str, dict[str, float] | str | None, Seen | None]:
+    """What to tell of an upload, as HTML; its classes; and all that there is to draw, None if there is an error."""
+    try:
+        seen = look(subject, opened(upload))
+    except ValueError as error:
+        return f"<p class='alert' role='alert'>{html.escape(str(error))}</p>", None, None
+    return DONE, seen.classes or "no classification head", seen
 
 
 def opened(upload: dict[str, Any] | None) -> PIL.Image.Image:
@@ -240,6 +248,11 @@ def opened(upload: dict[str, Any] | None) -> PIL.Image.Image:
         raise ValueError(str(error).replace(upload["path"], upload.get("orig_name") or "the upload")) from error
 
 
+def drawn(seen: Seen | None, layer: float, head: int) -> tuple[str, str]:
+    """Attention and norms as HTML; nothing as long as there is nothing to draw."""
+    return (attention_html(seen, int(layer), head), norms_html(seen, int(layer))) if seen else ("", "")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Load the model and serve its page until interrupted."""
     options = parse(argv)
@@ -252,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             max_file_size=LARGEST_UPLOAD,
             css=STYLE,
             footer_links=[],
-            ssr_mode=False,
+            ssr_mode=False,  # which would need Node.js
         )
 
 
@@ -264,6 +277,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=7860, help="port of the page on this machine")
     parser.add_argument("--share", choices=("on", "off"), default="off", help="on: also a public address, by Gradio")
     options = parser.parse_args(argv)
+    if not 1 <= options.port <= 65535:
+        parser.error(f"expected --port from 1 to 65535, got {options.port}")
     folder = Path(options.model_dir)
     if folder.exists() and not (folder / "config.json").is_file():
         parser.error(f"expected a folder with a trained model in --model_dir, got {options.model_dir!r}")

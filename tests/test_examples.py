@@ -82,7 +82,7 @@ def test_the_results_are_complete(digits):
     results = results_in(digits[0])
     assert set(results) == {
         *("model", "data", "hyperparameters", "metrics", "evaluation", "curve"),
-        *("versions", "hardware", "seconds", "command"),
+        *("versions", "hardware", "seconds", "command", "speed", "license"),
     }
     assert set(results["metrics"]) == {"accuracy", "loss", "n", "top5_accuracy"}
     assert [entry["epoch"] for entry in results["curve"]] == list(range(1, len(results["curve"]) + 1))

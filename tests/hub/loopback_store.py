@@ -62,7 +62,8 @@ class Store:
     def __init__(self, root: Path):
         self.root = root
         self.lock = threading.RLock()
-        (root / "unfinished").mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(root / "unfinished", ignore_errors=True)  # of a server that was killed
+        (root / "unfinished").mkdir(parents=True)
         self._repositories: dict[str, Repository] = {}
         for path in sorted(root.glob("repositories/*/*.json")):
             repository = json.loads(path.read_text())
@@ -131,10 +132,6 @@ class Store:
         os.close(handle)
         return Path(name)
 
-    def discard_uploads(self) -> None:
-        shutil.rmtree(self.root / "unfinished", ignore_errors=True)
-        (self.root / "unfinished").mkdir()
-
 
 # -- references
 
@@ -187,9 +184,7 @@ def check_reference(name: Any) -> str:
 # -- commits
 
 
-def add_commit(
-    repository: Repository, parent: str | None, files: Files, title: str, message: str, author: str
-) -> str:
+def add_commit(repository: Repository, parent: str | None, files: Files, title: str, message: str, author: str) -> str:
     """Record a commit, without letting a branch end at it, and return its id."""
     commit = {"parent": parent, "title": title, "message": message, "author": author, "date": now(), "files": files}
     unique = json.dumps([commit, len(repository["commits"]), time.time_ns()], sort_keys=True).encode()
@@ -241,19 +236,3 @@ def entries_below(files: Files, folder: str, recursive: bool) -> list[dict[str, 
 def folder_entry(files: Files, folder: str) -> dict[str, Any]:
     below = [[path, file["oid"]] for path, file in sorted(files.items()) if path.startswith(f"{folder}/")]
     return {"type": "directory", "oid": git_oid(json.dumps(below).encode(), "tree"), "size": 0, "path": folder}
-
-
-def check_path(path: Any) -> str:
-    """Refuse what git cannot hold or what leaves the repository."""
-    parts = path.split("/") if isinstance(path, str) else [""]
-    if any(part in ("", ".", "..", ".git") for part in parts) or "\\" in path or "\0" in path:
-        raise Refused(400, f"Invalid path in a commit: {path!r}")
-    return path
-
-
-def check_no_file_is_a_folder(files: Files) -> None:
-    for path in files:
-        parts = path.split("/")
-        for length in range(1, len(parts)):
-            if "/".join(parts[:length]) in files:
-                raise Refused(400, f"{'/'.join(parts[:length])} would be a file and a folder")

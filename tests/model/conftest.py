@@ -2,17 +2,15 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 import tempfile
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import configuration
 
-# By default it leaves a folder in the working directory, and then warns of it, which is an error here.
-configuration.set_hypothesis_home_dir(pathlib.Path(tempfile.gettempdir()) / "hypothesis_of_vitreg_hf")
+# By default hypothesis leaves a folder in the working directory, and then warns of it, which is an error here.
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "hypothesis_of_vitreg_hf"))
 
 # Imports everything once, then forks per job: a job costs 0.1 s rather than 5 s.
 # A job reads `argument` and may set `result`; all that leaves it is JSON.

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import (
     ChannelDimension,
+    PILImageResampling,
     SizeDict,
     get_image_size_for_max_height_width,
     infer_channel_dimension_format,
@@ -235,6 +236,15 @@ def resize_nearest(image: Tensor, height: int, width: int) -> Tensor:
     rows = (2 * torch.arange(height, device=image.device) + 1) * image.shape[-2] // (2 * height)
     columns = (2 * torch.arange(width, device=image.device) + 1) * image.shape[-1] // (2 * width)
     return image[..., rows[:, None], columns]
+
+
+def resize_with_pillow(
+    channels: np.ndarray, height: int, width: int, resample: PILImageResampling, reducing_gap: float | None = None
+) -> np.ndarray:
+    """Resize `(C, H, W)` one channel after the other, so that any channel count works and floats stay floats."""
+    images = [PIL.Image.fromarray(channel) for channel in channels]
+    resized = [image.resize((width, height), resample, reducing_gap=reducing_gap) for image in images]
+    return np.stack([np.asarray(image) for image in resized])
 
 
 def center_crop(image: Tensor, size: SizeDict, fill: int = 0) -> Tensor:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 from torch import Tensor
 from transformers.image_processing_backends import PilBackend
@@ -36,6 +35,7 @@ from .image_inputs import (
     read_image,
     read_label_map,
     resize_nearest,
+    resize_with_pillow,
     resized_size,
     segmentation_scores,
 )
@@ -275,9 +275,7 @@ class ViTRegImageProcessorPil(ViTRegImageProcessorMixin, PilBackend):
         resample = pil_filter(resample)
         if resample == PILImageResampling.NEAREST:
             return resize_nearest(torch.from_numpy(image), height, width).numpy()
-        channels = [PIL.Image.fromarray(channel) for channel in image]
-        resized = [channel.resize((width, height), resample, reducing_gap=reducing_gap) for channel in channels]
-        return np.stack([np.asarray(channel) for channel in resized])
+        return resize_with_pillow(image, height, width, resample, reducing_gap)
 
     def center_crop(  # type: ignore[override]  # narrowed as in Transformers' own backends
         self, image: np.ndarray, size: SizeDict, **kwargs: Any

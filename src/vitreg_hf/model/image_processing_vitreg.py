@@ -12,7 +12,7 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
 from transformers.utils import requires_backends
 
-from .image_inputs import read_image, resize_nearest, resized_size
+from .image_inputs import read_image, resize_nearest, resize_with_pillow, resized_size
 from .image_processing_pil_vitreg import ViTRegImageProcessorKwargs, ViTRegImageProcessorMixin
 from .processor_checks import pil_filter
 
@@ -24,15 +24,6 @@ def _needs_two_passes(image: Tensor, resample: PILImageResampling) -> bool:
     survive the first pass, and edges differ by up to 30 grey levels. Bilinear does not overshoot.
     """
     return image.dtype == torch.uint8 and image.device.type != "cpu" and resample != PILImageResampling.BILINEAR
-
-
-def _needs_more_channels(image: Tensor, width: int) -> bool:
-    """Whether torch's CPU kernel for at most four channels of bytes would resize `(..., C, H, W)` wrongly.
-
-    It returns pixels of elsewhere, or stops at an assertion of its own, where the result is one column wide (torch
-    to 2.15); its kernel for more channels does not.
-    """
-    return width == 1 and image.dtype == torch.uint8 and image.device.type == "cpu" and image.shape[-3] < 5
 
 
 class ViTRegImageProcessor(ViTRegImageProcessorMixin, TorchvisionBackend):
@@ -75,13 +66,12 @@ class ViTRegImageProcessor(ViTRegImageProcessorMixin, TorchvisionBackend):
             return resize_nearest(image, height, width)
         if resample not in (PILImageResampling.BILINEAR, PILImageResampling.BICUBIC, PILImageResampling.LANCZOS):
             raise ValueError(f"expected resample NEAREST, BILINEAR, BICUBIC or LANCZOS, got {resample.name}")
+        if width == 1:  # torch 2.11 to 2.15 return the first row everywhere, or stop at an assertion of their own
+            columns = resize_with_pillow(image.flatten(0, -3).cpu().numpy(), height, width, resample)
+            return torch.from_numpy(columns).to(image.device).unflatten(0, image.shape[:-2])
         if _needs_two_passes(image, resample):
             image = super().resize(image, SizeDict(height=image.shape[-2], width=width), resample, antialias, **kwargs)
-        channels = image.shape[-3]
-        if _needs_more_channels(image, width):
-            image = torch.cat([image] * 5, dim=-3)
-        resized = super().resize(image, SizeDict(height=height, width=width), resample, antialias, **kwargs)
-        return resized[..., :channels, :, :]
+        return super().resize(image, SizeDict(height=height, width=width), resample, antialias, **kwargs)
 
 
 __all__ = ["ViTRegImageProcessor"]

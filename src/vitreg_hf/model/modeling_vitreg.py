@@ -205,7 +205,7 @@ class ViTRegPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.mask_token)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # names what it reads
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike | None,
         *args: Any,
@@ -242,10 +242,12 @@ class ViTRegPreTrainedModel(PreTrainedModel):
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
 
-    def _load_and_finalize_distributed_pretrained_model(self, folder: str, *args: Any, **kwargs: Any) -> Any:
+    def _load_and_finalize_distributed_pretrained_model(  # type: ignore[override]  # names what it reads
+        self, folder: str, *args: Any, **kwargs: Any
+    ) -> Any:
         """The same for what newer versions of Transformers take for shards of a distributed training, by name."""
         check_checkpoint(self, None, sorted(str(file) for file in pathlib.Path(folder).glob("*.safetensors")), folder)
-        return super()._load_and_finalize_distributed_pretrained_model(folder, *args, **kwargs)  # type: ignore[misc]
+        return super()._load_and_finalize_distributed_pretrained_model(folder, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save as Transformers does; after `register_for_auto_class`, with code and all Auto classes in the map."""
