@@ -35,7 +35,7 @@ MISSING = [name for name in ("gradio", "playwright") if importlib.util.find_spec
 MISSING += [] if BROWSER else ["Chromium"]
 in_browser = pytest.mark.skipif(bool(MISSING), reason=f"the page is tested where there is {', '.join(MISSING)}")
 NAMES = ["CLS", "register 1", "register 2", "register 3", "register 4"]
-CLASSES = ["apple", "<b>bread</b>", "cheese", "dill", "egg", "fig", "grape"]
+CLASSES = ["apple", "<b>bread</b>", "cheese", "dill & egg", "<i>fig</i>", "grape", "{{ham}}"]
 PROCESSOR = ViTRegImageProcessor(size={"height": 32, "width": 32}, size_divisor=8)
 
 
@@ -212,6 +212,12 @@ def test_options_are_checked_before_the_model_is_loaded(app, tmp_path, capsys):
 
 # The page in a browser
 
+# Gradio shows a picture faintly until the event behind it has ended.
+FADED_IN = """() => [...document.querySelectorAll("figure")].every(part => {
+    for (let at = part; at; at = at.parentElement) if (getComputedStyle(at).opacity !== "1") return false;
+    return true;
+})"""
+
 
 @contextmanager
 def served(model, trap, temporary, *options):
@@ -344,7 +350,8 @@ def test_an_upload_shows_classes_attention_and_norms(browser, site, tmp_path):
     photo(7).save(tmp_path / "mine.png")
     with tab(browser, address) as page:
         assert "Registers are a few more tokens" in page.locator("body").inner_text()
-        assert "3 layers of 4 attention heads" in page.locator("body").inner_text()
+        assert "3 layers of 4 attention heads, " in page.locator("body").inner_text()
+        assert "Tokens: CLS, 4 registers and 16 patches of 8 x 8 pixels" in page.locator("body").inner_text()
         assert page.locator("figure").count() == 0
         analyse(page, tmp_path / "mine.png")
         attention = attention_picture(page, "layer 3, mean of 4 heads")
@@ -441,6 +448,7 @@ def test_the_screenshot_of_the_digits(browser, trap, tmp_path):
         attention_picture(page, "layer 4, mean of 4 heads")
         check_classes(page, DIGITS, file)
         page.mouse.move(0, 0)
+        page.wait_for_function(FADED_IN)
         page.screenshot(path=tmp_path / "demo_app.png", full_page=True, animations="disabled")
     with PIL.Image.open(tmp_path / "demo_app.png") as picture:
         assert picture.width == 1400

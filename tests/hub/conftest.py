@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import urllib.error
 import urllib.parse
@@ -15,11 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 import pytest
 
 _HERE = Path(__file__).parent
 _REPOSITORY = _HERE.parents[1]
+
+
+def _neutral_environment() -> dict[str, str]:
+    """Environment of the tests without settings of the Hub's clients and without proxies."""
+    foreign = ("HF_", "HUGGING", "TRANSFORMERS_", "XDG_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+    return {key: value for key, value in os.environ.items() if not key.upper().startswith(foreign)}
 
 
 @dataclass(frozen=True)
@@ -97,24 +104,12 @@ class LoopbackHub:
 
     def environment(self, home: Path, token: str | None = "hf_alice", **more: str) -> dict[str, str]:
         """Environment of a process that uses this Hub, and nothing of the user who runs the tests."""
-        kept = {
-            key: value for key, value in os.environ.items() if not key.upper().startswith(("HF_", "HUGGING", "XDG_"))
-        }
-        for proxy in ("http_proxy", "https_proxy", "all_proxy"):
-            kept.pop(proxy, None), kept.pop(proxy.upper(), None)
-        ours = {
-            **{
-                "HF_ENDPOINT": self.url,
-                "HF_HOME": str(home),
-                "HF_HUB_DISABLE_XET": "1",
-                "HF_HUB_DISABLE_TELEMETRY": "1",
-            },
-            **{"DISABLE_SAFETENSORS_CONVERSION": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"},
-            **{"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
-        }
+        ours = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
+        ours |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "DISABLE_SAFETENSORS_CONVERSION": "1"}
+        ours |= {f"HF_HUB_DISABLE_{what}": "1" for what in ("XET", "TELEMETRY", "PROGRESS_BARS")}
         if token is not None:
             ours["HF_TOKEN"] = token
-        return {**kept, **ours, **more}
+        return {**_neutral_environment(), **ours, **more}
 
 
 class Job:
@@ -151,7 +146,8 @@ class WarmClient:
     def __init__(self, folder: Path):
         self._folder, self._messages, self._changed = folder, {}, threading.Condition()
         self._jobs = 0
-        environment = {key: value for key, value in os.environ.items() if key != "HF_TOKEN"}
+        # what some modules copy while they are imported; the rest a job settles
+        environment = {**_neutral_environment(), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(_HERE / "warm_client.py")]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         self._listener = threading.Thread(target=self._listen, daemon=True)
@@ -240,6 +236,47 @@ def client(hub, _warm_client, tmp_path_factory) -> Client:
     return Client(_warm_client, hub, tmp_path_factory.mktemp("homes"))
 
 
+_PREAMBLE = """
+import json, sys
+from pathlib import Path
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+api = HfApi()
+
+def failure(call, *args, **settings):
+    "Name and HTTP status of the error that a call ends in; None if it ends well."
+    try:
+        call(*args, **settings)
+    except Exception as error:
+        return [type(error).__name__, getattr(getattr(error, "response", None), "status_code", None)]
+
+def say(value):
+    print(json.dumps(value, default=str))
+"""
+
+
+@pytest.fixture
+def ask(client) -> Callable[..., Any]:
+    """Run code by `client` after `_PREAMBLE`; returns the last value that it passed to `say`."""
+
+    def run(code: str, *args: str, **settings: Any) -> Any:
+        result = client.run(_PREAMBLE + textwrap.dedent(code), *args, **settings)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout.splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture
+def pushed(hub, ask, trained, request) -> str:
+    """Id of a repository of the test's own which holds the folder `trained`; the log is empty then."""
+    repo = "alice/" + re.sub(r"[^a-z0-9]+", "-", request.node.name).strip("-")[:90]
+    hub.reset()
+    code = "api.create_repo(sys.argv[1]); say(api.upload_folder(folder_path=sys.argv[2], repo_id=sys.argv[1]))"
+    ask(code, repo, trained)
+    hub.reset()
+    return repo
+
+
 @pytest.fixture
 def fresh() -> Callable[..., subprocess.CompletedProcess]:
     """Run code in a new interpreter, for what is settled at import; takes some seconds."""
@@ -281,11 +318,3 @@ def trained(tmp_path_factory) -> Path:
     training_curve(results, folder / "training_curve.png")
     save_card(card_of(folder, "alice/vitreg-pets"), folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def picture(tmp_path_factory) -> Path:
-    """A small picture with more than one colour."""
-    path = tmp_path_factory.mktemp("picture") / "picture.png"
-    PIL.Image.linear_gradient("L").resize((40, 40)).convert("RGB").save(path)
-    return path

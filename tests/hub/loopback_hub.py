@@ -5,14 +5,15 @@
 prints `READY http://127.0.0.1:PORT` and serves until it is killed; a server started again on the same folder has the
 same repositories. Tokens: `hf_alice` (writes for alice and the organisation lab), `hf_reader` (alice, may only read),
 `hf_bob`. Tests steer it under `/_control/`: settings, a log of requests, and faults of the n-th request
-(see `loopback_server`). What is answered here is described in `huggingface_hub`'s own calls; LFS is there in its
-basic form, Xet is not, so clients need HF_HUB_DISABLE_XET=1 for files in LFS.
+(see `loopback_server`). It knows models only, and LFS but not Xet: for files in LFS, clients need
+HF_HUB_DISABLE_XET=1.
 """
 
 import argparse
 import json
 import re
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote
@@ -108,41 +109,36 @@ class Hub:
         length = 1 if len(parts) > 1 and parts[1] in _VERBS else 2
         names, verb, rest = parts[:length], "".join(parts[length : length + 1]), parts[length + 1 :]
         method, revision = request.method, rest[0] if rest else "main"
+        read = partial(readable, self.store, caller, names)
+        write = partial(writable, self.store, request, caller, names)
+        to_pull = "create_pr" in request.query or revision.startswith("refs/pr/")
+        answer: Any = {}
         match method, verb:
             case "GET", "" | "revision":
-                return Answer(200, self.model_info(readable(self.store, caller, names), revision, request.query))
-            case "GET", "auth-check" if rest == ["write"]:
-                writable(self.store, request, caller, names)
-                return Answer(200, {})
+                answer = self.model_info(read(), revision, request.query)
             case "GET", "auth-check":
-                downloadable(self.store, caller, names)
-                return Answer(200, {})
+                write() if rest == ["write"] else downloadable(self.store, caller, names)
             case "GET", "refs":
-                return Answer(
-                    200, list_references(readable(self.store, caller, names), "include_prs" in request.query)
-                )
+                answer = list_references(read(), "include_prs" in request.query)
             case "GET", "tree":
-                return Answer(
-                    200, list_tree(readable(self.store, caller, names), revision, "/".join(rest[1:]), request.query)
-                )
+                answer = list_tree(read(), revision, "/".join(rest[1:]), request.query)
             case "GET", "commits":
-                return Answer(200, list_commits(readable(self.store, caller, names), revision))
+                answer = list_commits(read(), revision)
             case "GET", "discussions" if not rest:
-                return Answer(200, list_discussions(readable(self.store, caller, names)))
+                answer = list_discussions(read())
             case "POST", "paths-info":
-                return Answer(200, paths_info(readable(self.store, caller, names), revision, parse_qs(request.text())))
+                answer = paths_info(read(), revision, parse_qs(request.text()))
             case "POST", "preupload":
-                repository = writable(self.store, request, caller, names, to_pull="create_pr" in request.query)
-                return Answer(200, self.preupload(repository, revision, request.json()))
+                answer = self.preupload(write(to_pull=to_pull), revision, request.json())
             case "POST", "commit":
-                repository = writable(self.store, request, caller, names, to_pull="create_pr" in request.query)
-                return Answer(200, self.commit(request, str(caller), repository["id"], revision))
+                answer = self.commit(request, str(caller), write(to_pull=to_pull)["id"], revision)
             case "POST" | "DELETE", "branch" | "tag" if rest:
-                return self.reference_call(request, writable(self.store, request, caller, names)["id"], verb, rest[0])
+                self.change_reference(request, write()["id"], verb, rest[0])
             case "PUT", "settings":
-                self.set(writable(self.store, request, caller, names)["id"], request.json())
-                return Answer(200, {})
-        raise Refused(404, f"The loopback Hub has no {method} {request.path}")
+                self.set(write()["id"], request.json())
+            case _:
+                raise Refused(404, f"The loopback Hub has no {method} {request.path}")
+        return Answer(200, answer)
 
     def set(self, repo_id: str, wanted: dict[str, Any]) -> None:
         with self.store.changing(repo_id) as repository:
@@ -150,7 +146,7 @@ class Hub:
                 repository["private"] = wanted["visibility"] == "private"
             repository.update({key: wanted[key] for key in ("private", "gated", "grant") if key in wanted})
 
-    def reference_call(self, request: Request, repo_id: str, verb: str, name: str) -> Answer:
+    def change_reference(self, request: Request, repo_id: str, verb: str, name: str) -> None:
         """Make or delete a branch or tag."""
         with self.store.changing(repo_id) as repository:
             known = repository["branches" if verb == "branch" else "tags"]
@@ -159,14 +155,13 @@ class Hub:
                     raise Refused(403, "The branch main cannot be deleted")
                 if known.pop(name, None) is None:
                     raise Refused(404, f"There is no {verb} {name}", "RevisionNotFound")
-                return Answer(200, {})
+                return
             body = request.json()
             new, start = (name, body.get("startingPoint", "main")) if verb == "branch" else (body.get("tag"), name)
             if check_reference(new) in known:
                 raise Refused(409, f"Reference already exists: {verb} {new}")
             oid = commit_of(repository, start)
             known[new] = oid if verb == "branch" else {"commit": oid, "message": body.get("message", "")}
-        return Answer(200, {})
 
     def model_info(self, repository: Repository, revision: str, query: dict[str, list[str]]) -> dict[str, Any]:
         sha = commit_of(repository, revision)

@@ -75,9 +75,9 @@ class Journal:
     def wake(self, go_on: bool) -> None:
         """Release or drop all stalled requests."""
         with self._changed:
-            for stalled, decision in self._stalled.items():
-                self._stalled[stalled] = go_on if decision is None else decision
-            self._changed.notify_all()
+            for stalled in [one for one, decision in self._stalled.items() if decision is None]:
+                self._stalled[stalled] = go_on
+                self._changed.notify_all()
 
     def add_fault(self, description: dict[str, Any]) -> None:
         fault = Fault(**description)
@@ -99,8 +99,12 @@ class Journal:
 
     def reset(self, timeout: float = 30) -> None:
         """Start counting anew when no request is under way, so that none of before is counted after."""
+
+        def is_quiet() -> bool:
+            self.wake(go_on=False)  # again and again: a request may come to its fault only now
+            return self._open == 0
+
         with self._changed:
-            self.wake(go_on=False)
-            if not self._changed.wait_for(lambda: self._open == 0, timeout):
+            if not self._changed.wait_for(is_quiet, timeout):
                 raise Refused(409, f"{self._open} requests are still open after {timeout} s")
             self._entries, self._faults = [], []

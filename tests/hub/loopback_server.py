@@ -138,8 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             request.discard()
         answer.headers.setdefault("X-Request-Id", f"loopback-{entry['number']}")
-        entry["status"] = answer.status  # before it is sent: who has the answer may look into the log
-        self._send(answer)
+        self._send(answer, entry)
 
     def _suffer(self, fault: Fault | None, moment: str, entry: dict[str, Any]) -> None:
         """Hang or drop the connection if the fault says so for this moment: before or after the work."""
@@ -207,7 +206,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     # -- answers
 
-    def _send(self, answer: Answer) -> None:
+    def _send(self, answer: Answer, entry: dict[str, Any]) -> None:
+        """Send an answer; its status is in the log before, because who has the answer may look there."""
         status, headers, body = answer.status, dict(answer.headers), answer.body
         if isinstance(body, Path):
             size = body.stat().st_size
@@ -218,6 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
                 status, start, end = _part(wanted, size)
                 if status != 200:
                     headers["Content-Range"] = f"bytes {f'{start}-{end - 1}' if status == 206 else '*'}/{size}"
+            entry["status"] = status
             self._send_head(status, headers, end - start)
             if self.command != "HEAD":
                 with open(body, "rb") as file:
@@ -225,6 +226,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
         headers.setdefault("Content-Type", "text/plain" if isinstance(body, str) else "application/json")
+        entry["status"] = status
         self._send_head(status, headers, len(content))
         if self.command != "HEAD":
             self.wfile.write(content)
@@ -249,7 +251,7 @@ class _Handler(BaseHTTPRequestHandler):
             answer = Answer(400, {"error": repr(error)})
         finally:
             request.discard()
-        self._send(answer)
+        self._send(answer, {})
 
     def _steer(self, what: str, body: dict[str, Any], query: dict[str, list[str]]) -> Any:
         match what:
