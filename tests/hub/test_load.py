@@ -50,7 +50,7 @@ for request in json.loads(sys.argv[1]):
     except Exception as error:
         answer = failed(error)
     answer["executed"] = sorted(os.listdir(os.environ["CANARY"])) if "CANARY" in os.environ else []
-    print("ANSWER", json.dumps(answer), flush=True)
+    print("\\nANSWER", json.dumps(answer))  # a question may stand on the line already
 """
 UPLOAD = """
 import json, sys

@@ -191,9 +191,8 @@ class TestGiants:
         def edit(folder: Path) -> None:
             (folder / WEIGHTS).rename(folder / "shard-00001-model-00001-of-00001.safetensors")
 
-        report = load(edit, self.IGNORING, **GIANT)
-        assert report.kind in ("ValueError", "RuntimeError", "OSError")  # older versions find no file at all
-        assert "can't allocate" not in report.error
+        report = load(edit, **GIANT)
+        assert "Expected a config of at most" in report.error or "no file named" in report.error  # of older versions
 
     def test_in_layers_are_refused_in_bounded_time(self, load: Any) -> None:
         fields = {"num_hidden_layers": 1024, "hidden_size": 1024, "intermediate_size": 4096}

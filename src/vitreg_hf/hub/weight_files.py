@@ -1,10 +1,10 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
 """The files of weights in a folder: which they are, and whether they hold what the model needs, to their last byte."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -153,10 +153,8 @@ def _is_finite(tensor: Tensor) -> bool:
     return all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(_ELEMENTS))
 
 
-def _kept_out(model: PreTrainedModel) -> Any:
+def _kept_out(model: PreTrainedModel) -> Callable[[str], bool]:
     """Whether loading passes over a tensor without a word: the mask token and other heads are no loss."""
-    import re
-
     patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     return lambda key: any(pattern.search(key) for pattern in patterns)
 
