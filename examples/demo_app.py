@@ -14,6 +14,7 @@ address. What was uploaded is deleted at the end.
 import argparse
 import html
 import os
+import socket
 import tempfile
 from base64 import b64encode
 from collections.abc import Sequence
@@ -52,6 +53,7 @@ STYLE = """
 .seen div { flex: 1 1 320px; }
 .alert { border-left: 4px solid #b3261e; background: #fdecea; color: #611a15; padding: 12px 16px; font-size: 16px; }
 """
+HOST = "127.0.0.1"  # this machine only
 TOP_CLASSES, EXAMPLES, LARGEST_UPLOAD = 5, 10, "50mb"
 
 
@@ -259,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=folder)
         page(options.subject, options.examples).launch(
-            server_name="127.0.0.1",
+            server_name=HOST,
             server_port=options.port,
             share=options.share == "on",
             max_file_size=LARGEST_UPLOAD,
@@ -279,6 +281,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if not 1 <= options.port <= 65535:
         parser.error(f"expected --port from 1 to 65535, got {options.port}")
+    try:
+        socket.create_server((HOST, options.port)).close()
+    except OSError as error:
+        parser.error(f"expected a free port in --port, got {options.port}: {error.strerror}")
     folder = Path(options.model_dir)
     if folder.exists() and not (folder / "config.json").is_file():
         parser.error(f"expected a folder with a trained model in --model_dir, got {options.model_dir!r}")
@@ -287,8 +293,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     try:
         options.examples = find_images(images).first(EXAMPLES).files if images else ()
         options.subject = load_vision(options.model_dir)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(
+            f"expected a trained model in --model_dir, a folder or Hub id, got {options.model_dir!r}: {error}"
+        )
     return options
 
 

@@ -78,6 +78,11 @@ def bomb(path, side=20_000):
     return path
 
 
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
 def upload_of(path):
     """What Gradio hands over for an uploaded file, whose own name it has replaced."""
     return {"path": str(path), "orig_name": f"my {path.name}"}
@@ -192,22 +197,35 @@ def test_what_an_error_quotes_is_no_code(app, tmp_path):
     assert "&lt;script&gt;" in text
 
 
-def test_options_are_checked_before_the_model_is_loaded(app, tmp_path, capsys):
+def test_options_are_checked_before_the_page_starts(app, tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        for options, message in (
+            (["--port", 70_000], "expected --port from 1 to 65535, got 70000"),
+            (["--port", port], f"expected a free port in --port, got {port}"),
+        ):
+            with pytest.raises(SystemExit, match="2"):
+                app.parse([str(word) for word in options])
+            assert message in capsys.readouterr().err
     for options, message in (
-        (["--model_dir", tmp_path], f"expected a folder with a trained model in --model_dir, got '{tmp_path}'"),
-        (["--model_dir", tmp_path / "none", "--port", "70000"], "expected --port from 1 to 65535, got 70000"),
-        (["--model_dir", tmp_path / "none", "--images_dir", tmp_path / "no"], "which does not exist"),
-        (["--model_dir", tmp_path / "none"], "none"),
+        ([tmp_path], f"expected a folder with a trained model in --model_dir, got '{tmp_path}'"),
+        ([tmp_path / "none", "--images_dir", tmp_path / "no"], f"got '{tmp_path / 'no'}', which does not exist"),
+        (["no_one/nothing"], "expected a trained model in --model_dir, a folder or Hub id, got 'no_one/nothing'"),
     ):
         with pytest.raises(SystemExit, match="2"):
-            app.parse([str(word) for word in options])
+            app.parse([str(word) for word in ("--port", port, "--model_dir", *options)])
         assert message in capsys.readouterr().err
-    folder = save_model(tmp_path / "model")
-    assert app.parse(["--model_dir", str(folder)]).examples == ()
-    (folder / "held_out").mkdir()
-    for index in range(12):
-        photo(index).save(folder / "held_out" / f"{index:02}.png")
-    assert len(app.parse(["--model_dir", str(folder)]).examples) == 10
+
+
+def test_images_to_click_come_from_a_folder_beside_the_model(app, tmp_path):
+    options = ["--port", str(free_port()), "--model_dir", str(save_model(tmp_path / "model"))]
+    assert app.parse(options).examples == ()
+    for folder, count in ((tmp_path / "model" / "held_out", 12), (tmp_path / "others", 2)):
+        folder.mkdir()
+        for index in range(count):
+            photo(index).save(folder / f"{index:02}.png")
+    assert len(app.parse(options).examples) == 10
+    assert len(app.parse([*options, "--images_dir", str(tmp_path / "others")]).examples) == 2
 
 
 # The page in a browser
@@ -229,8 +247,7 @@ def served(model, trap, temporary, *options):
         temporary: folder of its temporary files.
         options: more words of the command line.
     """
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     outside = {name: value for name, value in os.environ.items() if not name.startswith(("GRADIO_", "HF_"))}
     proxy = f"http://127.0.0.1:{trap.getsockname()[1]}"
     own = {"HTTP_PROXY": proxy, "HTTPS_PROXY": proxy, "ALL_PROXY": proxy, "NO_PROXY": "127.0.0.1,localhost"}

@@ -19,15 +19,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0; or after one sentence on stderr: 2 for a mistake of the user's, 1 for a connection that failed, 130 for an
-        interruption. After 1 and 130 the same command goes on.
+        0; or after one sentence on stderr: 2 for a mistake of the user's, 1 for a Hub that refused or did not answer, 130
+        for an interruption. After 1 and 130 the same command goes on.
     """
     options = parser().parse_args(argv)
     if "output" in options:
         options.output = options.output or Path("outputs") / options.command
     try:
         options.run(options)
-    except ConnectionError as error:  # an upload that stopped short, which is nobody's mistake
+    except ConnectionError as error:  # a Hub that refuses or does not answer
         print(f"vitreg {options.command}: {error}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:

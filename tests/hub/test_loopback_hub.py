@@ -145,6 +145,15 @@ def test_the_metadata_of_a_card_are_checked(hub, ask, card, expected):
     assert not warned or expected in warned[0]
 
 
+def test_a_card_that_nobody_checked_is_not_committed(ask, pushed):
+    code = """
+        api._validate_yaml = lambda *_, **__: None
+        add = [CommitOperationAdd("README.md", b"---\\nlicense: my own\\n---\\n")]
+        say(failure(api.create_commit, sys.argv[1], add, commit_message="card"))
+    """
+    assert ask(code, pushed) == ["BadRequestError", 400]
+
+
 # -- references
 
 
@@ -237,6 +246,15 @@ def test_trees_paths_and_commits_are_listed(hub, ask, trained, pushed):
     assert "accuracy" in metrics
 
 
+def test_that_a_file_is_missing_is_remembered_by_the_client(ask, pushed):
+    code = """
+        from huggingface_hub import try_to_load_from_cache
+        missing = failure(api.hf_hub_download, sys.argv[1], "missing.json")
+        say([missing, type(try_to_load_from_cache(sys.argv[1], "missing.json")).__name__])
+    """
+    assert ask(code, pushed) == [["RemoteEntryNotFoundError", 404], "object"]
+
+
 def test_an_interrupted_download_goes_on_where_it_was(hub, ask, trained, pushed):
     code = """
         from huggingface_hub.file_download import http_get
@@ -267,77 +285,3 @@ def test_a_part_of_a_file_is_sent(hub, trained, pushed, wanted, status, part):
 def test_what_lies_behind_the_end_of_a_file_cannot_be_sent(hub, pushed):
     answer, _ = send(hub, "GET", f"/{pushed}/resolve/main/config.json", Range="bytes=99999-")
     assert (answer.status, answer.headers["Content-Range"][:8]) == (416, "bytes */")
-
-
-# -- rights
-
-
-def test_private_repositories_are_hidden_from_others(hub, ask, pushed):
-    code = "say(failure(api.model_info, sys.argv[1])); "
-    hub.settings(pushed, private=True)
-    assert ask(code, pushed) is None
-    assert ask(code, pushed, token="hf_reader") is None
-    assert ask(code, pushed, token="hf_bob") == ["RepositoryNotFoundError", 404]
-    assert ask(code, pushed, token=None) == ["RepositoryNotFoundError", 401]
-    assert ask("api.update_repo_settings(sys.argv[1], private=False); say(0)", pushed) == 0
-    assert ask(code, pushed, token=None) is None
-
-
-def test_files_of_gated_repositories_are_for_those_who_were_let_in(hub, ask, pushed):
-    code = "say([failure(api.hf_hub_download, sys.argv[1], 'config.json'), failure(api.model_info, sys.argv[1])])"
-    assert (
-        ask("api.update_repo_settings(sys.argv[1], gated='auto'); say(api.model_info(sys.argv[1]).gated)", pushed)
-        == "auto"
-    )
-    assert ask(code, pushed) == [None, None]
-    assert ask(code, pushed, token=None) == [["GatedRepoError", 401], None]
-    assert ask(code, pushed, token="hf_bob") == [["GatedRepoError", 403], None]
-    hub.settings(pushed, grant=["bob"])
-    assert ask(code, pushed, token="hf_bob") == [None, None]
-
-
-def test_a_wrong_token_is_told_from_a_missing_repository(hub, ask, pushed):
-    code = "say([failure(api.model_info, sys.argv[1]), failure(api.whoami), failure(api.create_repo, 'x')])"
-    assert ask(code, pushed, token="hf_nobody") == [["HfHubHTTPError", 401]] * 3
-
-
-def test_only_owners_with_a_token_to_write_may_write(hub, ask, pushed):
-    code = """
-        add = [CommitOperationAdd("a.safetensors", b"a")]
-        say([failure(api.create_commit, sys.argv[1], add, commit_message="x"),
-             failure(api.create_repo, "alice/another"), failure(api.create_tag, sys.argv[1], tag="t")])
-    """
-    before = hub.tree(pushed)
-    assert ask(code, pushed, token="hf_reader") == [["HfHubHTTPError", 403]] * 3
-    assert ask(code, pushed, token="hf_bob") == [["HfHubHTTPError", 403]] * 3
-    assert [row[1] for row in ask(code, pushed, token=None)] == [401] * 3
-    assert hub.tree(pushed) == before
-    assert hub.tree("alice/another") == {}
-
-
-def test_anybody_may_open_a_pull_request(hub, ask, pushed):
-    code = """
-        add = [CommitOperationAdd("a.safetensors", b"a")]
-        pull = api.create_commit(sys.argv[1], add, commit_message="x", create_pr=True)
-        more = [CommitOperationAdd("b.txt", b"b")]
-        api.create_commit(sys.argv[1], more, commit_message="y", revision=pull.pr_revision)
-        say(pull.pr_url)
-    """
-    assert ask(code, pushed, token="hf_bob") == f"{hub.url}/{pushed}/discussions/1"
-    assert {"a.safetensors", "b.txt"} <= hub.tree(pushed)["refs/pr/1"]["files"].keys()
-    assert hub.tree(pushed)["commits"] == {"main": 2, "refs/pr/1": 4}
-
-
-def test_names_belong_to_their_owners(hub, ask):
-    code = """
-        mine, of_lab = api.create_repo("mine", private=True).repo_id, api.create_repo("lab/ours").repo_id
-        taken = failure(api.create_repo, "alice/mine")
-        again = api.create_repo("mine", exist_ok=True).repo_id
-        say([mine, of_lab, again, taken, failure(api.create_repo, "bob/theirs"), failure(api.create_repo, "x--y"),
-             api.model_info("mine").id])
-    """
-    mine, of_lab, again, taken, foreign, invalid, short = ask(code)
-    assert (mine, of_lab, again, short) == ("alice/mine", "lab/ours", "alice/mine", "alice/mine")
-    assert (taken, foreign) == (["HfHubHTTPError", 409], ["HfHubHTTPError", 403])
-    assert invalid[0] == "HFValidationError"
-    assert ask("me = api.whoami(); say([me['name'], [o['name'] for o in me['orgs']]])") == ["alice", ["lab"]]

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import _http, validate_repo_id
 
 # The Hub's client waits for ever by default. It repeats most of what fails five times.
-SECONDS_OF_SILENCE = 120.0
+SECONDS_OF_SILENCE = 60.0
 # RuntimeError is what uploads wrap failures in; ValueError and KeyError come of answers that are none of the Hub's.
 _FAILURES = (OSError, HTTPError, RuntimeError, ValueError, KeyError)
 
@@ -50,9 +50,16 @@ def hub_connection(seconds: float) -> Iterator[None]:
         raise ValueError(f"Expected a positive number of seconds to wait for the Hub, got {seconds}")
     before: Any = _http._GLOBAL_CLIENT_FACTORY  # no public function gives it, and a program may have set its own
 
+    def limit(request: Any) -> None:
+        # not as the client's own timeout, which some calls of the library override with none
+        given = request.extensions.get("timeout", {})
+        limits = {kind: given.get(kind) or seconds for kind in ("connect", "read", "write", "pool")}
+        request.extensions = {**request.extensions, "timeout": limits}
+
     def limited() -> Any:
         client = before()
-        client.timeout = seconds
+        hooks = client.event_hooks
+        client.event_hooks = {**hooks, "request": [*hooks.get("request", ()), limit]}
         return client
 
     set_client_factory(limited)
@@ -63,7 +70,7 @@ def hub_connection(seconds: float) -> Iterator[None]:
 
 
 @contextmanager
-def failures(doing: str, done: str = "nothing was sent") -> Iterator[None]:
+def failures(doing: str, done: str = "no file was sent") -> Iterator[None]:
     """What fails in the block becomes one sentence.
 
     Args:
@@ -99,12 +106,12 @@ def account_of(api: HfApi) -> Account:
             raise PublishError(f"The Hub wants to know who is publishing, and there is no token: {advice}") from cause
         if _status(cause) == 401:
             advice = "make one that may write at https://hf.co/settings/tokens, then `hf auth login` or set HF_TOKEN"
-            raise PublishError(f"The Hub does not know this token, so nothing was sent: {advice}") from cause
+            raise PublishError(f"The Hub does not know this token, so no file was sent: {advice}") from cause
         raise
     role = answer.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":
         advice = "make one with the role write at https://hf.co/settings/tokens"
-        raise PublishError(f"The token of {answer['name']} may only read, so nothing was sent: {advice}")
+        raise PublishError(f"The token of {answer['name']} may only read, so no file was sent: {advice}")
     organisations = [one["name"] for one in answer.get("orgs", ())]
     return Account(answer["name"], (answer["name"], *organisations))
 
