@@ -400,6 +400,18 @@ def test_a_bad_file_names_itself_and_its_place(make, tmp_path, task, batch_size)
         assert str(raised.value).startswith(f"Expected a readable image, got {path!r}: ")
 
 
+def test_decompression_bombs_are_refused(make, tmp_path, monkeypatch):
+    """Also those between the limits of Pillow, of which it only warns."""
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 2000)
+    classify, path = make("image-classification"), tmp_path / "bomb.png"
+    for size in ((60, 60), (100, 100)):
+        PIL.Image.new("L", size).save(path)
+        with pytest.raises(ValueError, match=r"got '.*bomb\.png': Image size .* exceeds limit"):
+            classify(str(path))
+    PIL.Image.new("L", (40, 40)).save(path)
+    assert classify(str(path))
+
+
 def test_reasons_say_what_is_wrong(make, tmp_path, served):
     classify, files = make("image-classification"), broken_files(tmp_path)
     reasons = {

@@ -69,7 +69,7 @@ class Journal:
                     self._stalled[id(entry)] = False
                 else:
                     self._changed.wait(_POLL_SECONDS)
-            if not self._stalled.pop(id(entry)):
+            if not self._stalled.pop(id(entry)) or is_gone():
                 raise Dropped
 
     def wake(self, go_on: bool) -> None:

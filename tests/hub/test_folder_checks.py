@@ -152,7 +152,7 @@ BROKEN = {
     "no architecture": (change("config.json", architectures=None), "config.json: Expected architectures with one of"),
     "foreign class": (change("config.json", architectures=["ViTModel"]), "config.json: .*got .'ViTModel'."),
     "two classes": (change("config.json", architectures=["ViTRegModel"] * 2), "config.json: Expected architectures"),
-    "no weights": (remove(WEIGHTS), "weights: Expected model.safetensors, or .* got neither"),
+    "no weights": (remove(WEIGHTS), "Expected model.safetensors, or .* got neither"),
     "weights that are cut off": (cut(WEIGHTS, 9), "model.safetensors: Expected a complete safetensors file"),
     "empty weights": (write(WEIGHTS, b""), "model.safetensors: Expected a complete safetensors file"),
     "bytes after the weights": (
@@ -187,19 +187,19 @@ BROKEN = {
         put(HEAD, lambda t: with_value(torch.inf)(t.half())),
         "model.safetensors: classifier.weight holds NaN or infinity",
     ),
-    "stray weights": (write("old.safetensors", b"x"), "weights: Expected the files of one model, got also old.safe"),
-    "both layouts": (with_both_layouts, "weights: Expected model.safetensors or .*index.json, got both"),
+    "stray weights": (write("old.safetensors", b"x"), "Expected the files of one model, got also old.safe"),
+    "both layouts": (with_both_layouts, "Expected model.safetensors or .*index.json, got both"),
     "a missing shard": (
         without_a_shard,
-        "weights: Expected the files that .* names, got none of the name model-00002",
+        "Expected the files that .* names, got none of the name model-00002",
     ),
     "index without a map": (
         lambda folder: [shard(folder), change(INDEX, weight_map=None)(folder)],
-        "weights: Expected weight_map with the file of every tensor in model.safetensors.index.json",
+        "Expected weight_map with the file of every tensor in model.safetensors.index.json",
     ),
     "index out of the folder": (
         change_index(lambda mapped: mapped.update({HEAD: "../model.safetensors"})),
-        "weights: Expected names of safetensors files beside it in model.safetensors.index.json, got '../model",
+        "Expected names of safetensors files beside it in model.safetensors.index.json, got '../model",
     ),
     "index that swaps": (
         change_index(swap_two),

@@ -78,15 +78,16 @@ def check_folder(folder: Path, model_id: str | None = None, model_license: str |
     if not folder.is_dir():
         raise ValueError(f"Expected the folder of a trained model, got {folder}, which is none")
     problems: list[str] = []
-    saved, config, model, weights, processor = {}, None, None, None, {}
+    saved, config, model, weights, tensors, processor = {}, None, None, None, 0, {}
     with _listed(problems, CONFIG):
         saved = _read(folder, CONFIG, "the config that save_pretrained writes")
         config = _config_of(saved)
-    with _listed(problems, "weights"):
+    with _listed(problems):  # the messages name the files
         weights = find_weights(folder)
-    if config is not None and weights is not None:
+        tensors = count_tensors(weights)
+    if config is not None and weights is not None and tensors:
         with _listed(problems, CONFIG):
-            model = _empty_model(config, weights)
+            model = _empty_model(config, tensors)
             problems += weight_problems(weights, model)
             problems += _label_problems(config, model)
     with _listed(problems, PROCESSOR):
@@ -110,12 +111,13 @@ def check_folder(folder: Path, model_id: str | None = None, model_license: str |
 
 
 @contextmanager
-def _listed(problems: list[str], name: str) -> Iterator[None]:
+def _listed(problems: list[str], name: str | None = None) -> Iterator[None]:
     """What is wrong in the block goes to the list rather than to the caller, so that all of it is told at once."""
     try:
         yield
     except (ValueError, OSError, StrictDataclassError) as error:
-        problems.append(f"{name}: {' '.join(str(error).split())}")
+        told = " ".join(str(error).split())
+        problems.append(told if name is None else f"{name}: {told}")
 
 
 def _read(folder: Path, name: str, what: str) -> dict[str, Any]:
@@ -140,9 +142,9 @@ def _config_of(saved: dict[str, Any]) -> ViTRegConfig:
     return ViTRegConfig.from_dict(saved)
 
 
-def _empty_model(config: ViTRegConfig, weights: WeightFiles) -> ViTRegPreTrainedModel:
-    """The model without memory for its parameters; not before the files are known to be as deep as the config."""
-    if (tensors := count_tensors(weights)) < config.num_hidden_layers:
+def _empty_model(config: ViTRegConfig, tensors: int) -> ViTRegPreTrainedModel:
+    """The model without memory for its parameters; not before there are tensors enough for as many layers."""
+    if tensors < config.num_hidden_layers:
         raise ValueError(f"Expected weights for num_hidden_layers={config.num_hidden_layers}, got {tensors} tensors")
     with torch.device("meta"):
         return _CLASSES[config.architectures[0]](config)  # type: ignore[index]  # checked before

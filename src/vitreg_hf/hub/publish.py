@@ -159,7 +159,7 @@ def _check_options(repo_id: str, revision: str | None, create_pr: bool, tag: str
             raise ValueError(f"Expected the name of a {kind}, letters, digits and ./@+_-, got {name!r}")
     if create_pr and (revision or tag):
         raise ValueError(
-            "Expected a pull request, or a branch or tag, got both: a request is to main, and no commit yet"
+            "Expected create_pr, which is to main and has nothing to tag yet, or a branch or tag, got both"
         )
     if tag is not None and tag == (revision or MAIN):
         raise ValueError(f"Expected different names for branch and tag, got {tag!r} for both")
@@ -210,9 +210,8 @@ def _check_card_online(card: str) -> None:
 
 def _create(api: HfApi, repo_id: str, private: bool) -> Repository:
     with failures(f"making {repo_id}"):
-        api.create_repo(
-            repo_id, private=private or None, exist_ok=True
-        )  # None: what the owner has chosen for new ones
+        visibility = private or None  # None: what the owner has chosen for new repositories
+        api.create_repo(repo_id, private=visibility, exist_ok=True)
     repository = look_up(api, repo_id)
     if repository is None:
         raise PublishError(f"The Hub made {repo_id} and does not find it: nothing was sent, try again")

@@ -29,7 +29,7 @@ class Repository:
 
     def head(self, branch: str) -> str:
         """The last commit of a branch, or that of `main` for one that does not exist and would start there."""
-        return self.branches.get(branch, self.branches[MAIN])
+        return self.branches.get(branch) or self.branches[MAIN]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ DROP_PATH_SCHEDULES = ("linear", "uniform")
 INTERPOLATION_MODES = ("bicubic", "bilinear")
 
 # Far above every published model (the largest, ViT-22B, has 48 layers, a width of 6144 and 22 billion parameters), and
-# low enough that no file can ask for more memory or time than its reader has.
+# low enough that a config by itself costs seconds and megabytes. What weights may cost, `checkpoint_checks` says.
 MOST = {
     "hidden_size": 2**16,
     "num_hidden_layers": 1024,

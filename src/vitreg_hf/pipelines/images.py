@@ -2,6 +2,7 @@
 """How the pipelines of this package read images: whatever kind they are, and one that is bad says which it is."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -144,7 +145,9 @@ class ReadsImages:
         """Read one image and turn it into model inputs."""
         known = image if isinstance(image, _Numbered) else _Numbered(image)
         try:
-            pixels = opened(known.image, timeout)
+            with warnings.catch_warnings():  # Pillow only warns of an image of twice the pixels that it takes for safe
+                warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
+                pixels = opened(known.image, timeout)
             if isinstance(pixels, PIL.Image.Image):
                 return self._prepare_picture(pixels, **options)
             return self._prepare_array(pixels, **options)
