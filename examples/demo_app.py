@@ -219,7 +219,8 @@ def page(subject: Subject, examples: Sequence[Path]) -> Any:
 
         pictures: dict[str, Any] = {"fn": drawn, "inputs": [seen, layer, head], "outputs": [attention, norms]}
         for start in (button.click, clickable.load_input_event.then):
-            # Without preprocessing: Gradio would decode the file, and a broken one would end in a traceback.
+            # Without preprocessing: Gradio would decode the file, and a broken one would end in a traceback. It still
+            # refuses paths of files that were not uploaded.
             analysed = start(analyse, upload, [message, classes, seen], preprocess=False, concurrency_id="model")
             analysed.then(**pictures)
         for control in (layer, head):

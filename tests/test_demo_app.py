@@ -475,6 +475,21 @@ def test_the_screenshot_of_the_digits(browser, trap, tmp_path):
 
 
 @in_browser
+def test_a_file_of_the_server_that_was_not_uploaded_is_refused(browser, site, tmp_path):
+    address, *_ = site
+    photo(7).save(tmp_path / "secret.png")
+    with tab(browser, address) as page:
+        events = page.request.get(f"{address}/config").json()["dependencies"]
+        button = next(event["id"] for event in events if len(event["outputs"]) == 3)
+        file = {"path": str(tmp_path / "secret.png"), "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
+        call = {"data": [file], "fn_index": button, "session_hash": "stranger"}
+        page.request.post(f"{address}/gradio_api/queue/join", data=call)
+        answers = page.request.get(f"{address}/gradio_api/queue/data?session_hash=stranger").text()
+    ended = next(line for line in answers.split("\n\n") if "process_completed" in line)
+    assert json.loads(ended.removeprefix("data: "))["success"] is False
+
+
+@in_browser
 def test_the_server_calls_no_one(site, trap):
     trap.setblocking(False)
     with pytest.raises(BlockingIOError):

@@ -487,9 +487,7 @@ def check_trusted(names, answered, saved):
 
 @pytest.mark.parametrize("options", [{}, {"trust_remote_code": False}, {"trust_remote_code": True}])
 def test_with_the_package_its_own_code_is_used_whatever_is_trusted(with_code, load, canary, options):
-    # where code is trusted, Transformers' pipelines also take that of the image processor for one of videos
-    names = [name for name in ALL if name != "pipeline" or not options.get("trust_remote_code")]
-    found = dict(zip(names, load(*code_requests(names, options), CANARY=str(canary)), strict=True))
+    found = dict(zip(ALL, load(*code_requests(ALL, options), CANARY=str(canary)), strict=True))
     assert {one.get("module", one.get("message")) for one in found.values()} == {"vitreg_hf"}
     assert found["AutoModelForImageClassification"]["digest"] == digest(with_code)
     assert not any(one["executed"] for one in found.values())

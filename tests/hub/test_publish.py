@@ -232,7 +232,8 @@ def test_code_is_added_to_the_upload_alone(hub, push, folder, repo):
     assert tree["main"]["files"]["modeling_vitreg.py"] == sha256(next(p for p in code_files() if "modeling" in p.name))
     config, processor = (json.loads(content(hub, tree, f"{name}config.json")) for name in ("", "preprocessor_"))
     assert set(config["auto_map"]) >= {"AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoBackbone"}
-    assert processor["auto_map"] == {"AutoImageProcessor": "image_processing_vitreg.ViTRegImageProcessor"}
+    backends = ["image_processing_pil_vitreg.ViTRegImageProcessorPil", "image_processing_vitreg.ViTRegImageProcessor"]
+    assert processor["auto_map"] == {"AutoImageProcessor": backends}
     for file in {one.split(".")[0] for one in config["auto_map"].values()} | {"image_processing_vitreg"}:
         assert f"{file}.py" in code
     assert not list(folder.glob("*.py"))

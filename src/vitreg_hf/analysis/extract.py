@@ -73,16 +73,16 @@ def load_vision(name: str, device: str | None = None) -> Subject:
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
-    config = AutoConfig.from_pretrained(name)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # None would ask on the terminal
     if config.model_type in TEXT_PATHS:
         raise ValueError(
             f"Expected a vision model, got {name!r}, a text model ({config.model_type}): see vitreg sinks"
         )
     classifies = any(kind.endswith("ForImageClassification") for kind in config.architectures or ())
     auto_class = AutoModelForImageClassification if classifies else AutoModel
-    model = auto_class.from_pretrained(name, config=config)
+    model = auto_class.from_pretrained(name, config=config, trust_remote_code=False)
     try:
-        processor = AutoImageProcessor.from_pretrained(name)
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     except OSError as error:
         raise ValueError(f"Expected an image processor beside the model {name!r}, got none: {error}") from error
     return subject_of(model, processor, _short(name), device)
@@ -92,11 +92,12 @@ def load_text(name: str, device: str | None = None) -> Subject:
     """Load a text model, without its head, and its tokenizer, by folder or Hub id."""
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-    kind = AutoConfig.from_pretrained(name).model_type
+    no_code: dict[str, Any] = {"trust_remote_code": False}
+    kind = AutoConfig.from_pretrained(name, **no_code).model_type
     if kind not in TEXT_PATHS:
         known = ", ".join(TEXT_PATHS)
         raise ValueError(f"Expected a text model of a known family ({known}), got {name!r} of the family {kind!r}")
-    model, tokenizer = AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    model, tokenizer = AutoModel.from_pretrained(name, **no_code), AutoTokenizer.from_pretrained(name, **no_code)
     return subject_of(model, tokenizer, _short(name), device)
 
 

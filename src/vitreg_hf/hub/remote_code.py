@@ -30,9 +30,11 @@ def config_with_code(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def processor_with_code(processor: dict[str, Any]) -> dict[str, Any]:
-    """A saved image processor that names its class; one of another family stays as it is."""
-    kind = PROCESSORS.get(processor.get("image_processor_type", ""))
-    return processor if kind is None else {**processor, "auto_map": {"AutoImageProcessor": _reference(kind)}}
+    """A saved image processor that names the class for both backends; one of another family stays as it is."""
+    if processor.get("image_processor_type") not in PROCESSORS:
+        return processor
+    pil, torchvision = (_reference(PROCESSORS[name]) for name in ("ViTRegImageProcessorPil", "ViTRegImageProcessor"))
+    return {**processor, "auto_map": {"AutoImageProcessor": [pil, torchvision]}}  # the order Transformers expects
 
 
 def _reference(cls: type) -> str:

@@ -133,6 +133,8 @@ class ReadsImages:
 
     image_processor: Any
     dtype: Any
+    # Transformers would look for one, and with trust_remote_code=True run code of the repository for it.
+    _load_video_processor = False
 
     def __call__(self, inputs: Any = None, **options: Any) -> Any:
         """Run the pipeline; see its class for the options. `images=` is another name of the inputs."""
