@@ -19,8 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0; or after one sentence on stderr: 2 for a mistake of the user's, 1 for a Hub that refused or did not answer, 130
-        for an interruption. After 1 and 130 the same command goes on.
+        0; or after one sentence on stderr: 2 for a mistake of the user's, 1 for a Hub that refused or did not answer,
+        130 for an interruption. After 1 and 130 the same command goes on.
     """
     options = parser().parse_args(argv)
     if "output" in options:

@@ -13,7 +13,11 @@ from transformers.image_utils import ChannelDimension, PILImageResampling, SizeD
 from transformers.utils import requires_backends
 
 from .image_inputs import read_image, resize_nearest, resize_with_pillow, resized_size
-from .image_processing_pil_vitreg import ViTRegImageProcessorKwargs, ViTRegImageProcessorMixin
+from .image_processing_pil_vitreg import (
+    ViTRegImageProcessorKwargs,
+    ViTRegImageProcessorMixin,
+    ViTRegImageProcessorPil,
+)
 from .processor_checks import pil_filter
 
 
@@ -34,6 +38,15 @@ class ViTRegImageProcessor(ViTRegImageProcessorMixin, TorchvisionBackend):
     def __init__(self, **kwargs: Any) -> None:
         requires_backends(self, ["torch", "torchvision"])
         super().__init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options; after `register_for_auto_class`, with the classes of both backends in the map."""
+        saved = super().to_dict()
+        if self._auto_class is not None and "auto_map" in saved:
+            classes = (ViTRegImageProcessorPil, type(self))  # in the order that Transformers expects
+            names = [f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}" for cls in classes]
+            saved["auto_map"] = {**saved["auto_map"], self._auto_class: names}
+        return saved
 
     def process_image(
         self,
