@@ -406,7 +406,7 @@ def test_decompression_bombs_are_refused(make, tmp_path, monkeypatch):
     classify, path = make("image-classification"), tmp_path / "bomb.png"
     for size in ((60, 60), (100, 100)):
         PIL.Image.new("L", size).save(path)
-        with pytest.raises(ValueError, match=r"got '.*bomb\.png': Image size .* exceeds limit"):
+        with pytest.raises(ValueError, match=r"got '.*bomb\.png': .*(60 x 60|exceeds limit)"):
             classify(str(path))
     PIL.Image.new("L", (40, 40)).save(path)
     assert classify(str(path))

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from vitreg_hf.hub.cards import readme_to_publish
 from vitreg_hf.hub.connection import (
@@ -119,7 +120,7 @@ def publish(
         account = account or account_of(api)
         repository = look_up(api, repo_id)
         _check_repository(repository, repo_id, account, private, revision, tag)
-        _check_card_online(card)
+        _check_card_online(api, card)
         if repository is None:
             repository = _create(api, repo_id, private)
         message = message or f"Publish with vitreg_hf {__version__}"
@@ -194,14 +195,18 @@ def _check_owner(repo_id: str, account: Account) -> None:
         raise ValueError(f"Expected a repository that {account.name} may make, {allowed}, got {repo_id}")
 
 
-def _check_card_online(card: str) -> None:
-    """Let the Hub judge the metadata before anything is made: a commit with a wrong card is refused as a whole."""
+def _check_card_online(api: HfApi, card: str) -> None:
+    """Let the Hub judge the metadata before anything is made: a commit with a wrong card is refused as a whole.
+
+    Asked directly: `ModelCard.validate` asks huggingface.co whatever HF_ENDPOINT says, before huggingface_hub 2.
+    """
     with failures(f"letting the Hub check {CARD}"):
-        try:
-            ModelCard(card).validate()
+        asked = {"repoType": "model", "content": card}
+        answer = get_session().post(f"{api.endpoint}/api/validate-yaml", json=asked)
+        if answer.status_code != 400:
+            hf_raise_for_status(answer)
             return
-        except ValueError as error:
-            refused = " ".join(str(error).split())
+        refused = " ".join(str(one.get("message")) for one in answer.json()["errors"])
     raise ValueError(f"Expected a card that the Hub accepts in {CARD}, got: {refused}")
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from transformers.image_utils import load_image
 
+from vitreg_hf.model.processor_checks import check_file_size
+
 _LONGEST_SHOWN = 300  # characters of a path, and of a reason
 
 
@@ -82,8 +84,7 @@ def opened(image: Any, timeout: float | None = None) -> PIL.Image.Image | np.nda
             Pillow and the Hub's client raise for it.
     """
     if isinstance(image, (str, os.PathLike)) and os.path.isfile(image):
-        with PIL.Image.open(image) as picture:  # Transformers leaves a file that it cannot decode open
-            return load_image(picture)
+        return _opened_file(image)
     if not isinstance(image, (np.ndarray, Tensor)):
         return load_image(os.fspath(image) if isinstance(image, os.PathLike) else image, timeout=timeout)
     if image.ndim == 4 and len(image) == 1:
@@ -92,6 +93,14 @@ def opened(image: Any, timeout: float | None = None) -> PIL.Image.Image | np.nda
     if image.ndim not in (2, 3) or 0 in image.shape or not real:
         raise ValueError("expected real numbers of shape (H, W), (H, W, C) or (C, H, W), with one image per array")
     return image
+
+
+def _opened_file(path: str | os.PathLike[str]) -> PIL.Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # refused here, with the size
+        with PIL.Image.open(path) as picture:  # Transformers leaves a file that it cannot decode open
+            check_file_size(picture)
+            return load_image(picture)
 
 
 def _reason(image: Any, error: Exception) -> str:
