@@ -261,6 +261,15 @@ def test_code_is_what_save_pretrained_writes(folder, monkeypatch, tmp_path):
     assert again["config.json"] == saved / "config.json"
 
 
+def test_a_folder_saved_with_code_is_published_with_all_of_it(hub, push, folder, repo):
+    saved = json.loads((folder / "config.json").read_text())
+    one = {"AutoModelForImageClassification": "modeling_vitreg.ViTRegForImageClassification"}
+    (folder / "config.json").write_text(json.dumps(saved | {"auto_map": one}))
+    assert {path.name for path in code_files()} <= set(push()["files"])
+    auto_map = json.loads(content(hub, hub.tree(repo), "config.json"))["auto_map"]
+    assert auto_map.keys() > one.keys()
+
+
 def test_a_private_repository(hub, push, repo):
     push(private=True)
     assert push(private=True)["changed"] is False
@@ -448,6 +457,21 @@ def test_a_commit_that_fails_is_told_in_one_sentence_and_completed(hub, push, re
     push()
     assert hub.tree(repo)["commits"] == {"main": 2}
     assert hub.tree(repo)["main"]["files"].keys() == PLAIN | {".gitattributes"}
+
+
+def test_a_commit_of_somebody_else_meanwhile_is_not_overwritten(hub, client, folder, repo):
+    hub.fault(NUMBER_OF_COMMIT, "stall_before")
+    job = client.start(PUSH, "publish", json.dumps([str(folder), repo]), "{}")
+    assert hub.wait_fault()
+    other = """
+import sys
+from huggingface_hub import HfApi
+HfApi().upload_file(path_or_fileobj=b"x", path_in_repo="README.md", repo_id=sys.argv[1])
+"""
+    assert client.run(other, repo).returncode == 0
+    hub.release()
+    refused(json.loads(job.wait().stdout), "PublishError", "^The Hub has got another commit meanwhile, status 412,")
+    assert hub.tree(repo)["commits"] == {"main": 2}
 
 
 @pytest.mark.parametrize("number", range(1, NUMBER_OF_COMMIT))
