@@ -28,13 +28,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, PreTrainedModel
 from transformers.hf_argparser import DataClassType
-from vitreg_hf.hub.publish import PublishError, check_access, publish
 
 from vitreg_hf import ViTRegConfig, ViTRegForImageClassification, ViTRegImageProcessor
 from vitreg_hf.analysis.figures import training_curve
-from vitreg_hf.analysis.weights import fingerprint
 from vitreg_hf.hub.card_checks import check_license
 from vitreg_hf.hub.cards import card_of, save_card
+from vitreg_hf.hub.publish import PublishError, check_access, publish
+from vitreg_hf.model.fingerprint import fingerprint
 from vitreg_hf.training.augmentation import EvaluationTransform, Mixing, TrainingTransform, mixing
 from vitreg_hf.training.checkpointing import (
     Progress,
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "license": settings.hub_license,
             "command": shlex.join(["python", *sys.argv]),
         }
-        results["model"]["weights"] = fingerprint(model)
+        results["model"]["weights"] = fingerprint(model.state_dict().items())
         results["seconds"]["total"] = before + time.perf_counter() - started
         save(settings, model, processor, results)
     accelerator.end_training()
@@ -301,7 +301,7 @@ def push(settings: ImageClassificationSettings) -> None:
         published = publish(
             settings.output_folder, repository, private=settings.hub_private_repo, revision=settings.hub_revision
         )
-    except PublishError as error:
+    except (PublishError, ValueError) as error:
         sys.exit(f"trained, but not published: {error}\nvitreg push {settings.output_folder} {repository}")
     print(f"published {published.url}")
 

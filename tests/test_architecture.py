@@ -30,6 +30,7 @@ MODEL_IMPORTS = {
     "outputs": set(),
     "recording": set(),
     "processor_checks": set(),
+    "fingerprint": set(),
     "image_inputs": {"processor_checks"},
     "token_layout": {"configuration_vitreg"},
     "position_embedding": {"configuration_vitreg"},

@@ -32,7 +32,7 @@ OPTIONS = {
     "ablate": {"model", "images", "--tokens", "--modes"} | PASS | RULE,
     "sinks": {"model", "--overwrite", "--texts", "--batch-size", "--max-length"},
     "dataset": {"name", "--paper", "--config", "--split", "--image-column", "--label-column", "--at-most"},
-    "card": {"folder", "--model-id", "--license"},
+    "card": {"folder", "--model-id", "--license", "--overwrite"},
     "push": {"folder", "repo_id", "--private", "--revision", "--create-pr", "--tag", "--with-code", "--license"}
     | {"--message"},
 }

@@ -124,6 +124,7 @@ def parser() -> argparse.ArgumentParser:
     card.add_argument("folder", type=Path, help=_TRAINED)
     card.add_argument("--model-id", help="what readers will load: a Hub id (default: the folder)")
     card.add_argument("--license", help="licence of the weights, as the Hub spells it (default: that of the results)")
+    card.add_argument("--overwrite", action="store_true", help="replace a card that was edited by hand")
 
     push = _command(commands, "push", _push, "publish a trained model on the Hub, in one commit", output=False)
     push.add_argument("folder", type=Path, help=_TRAINED)
@@ -271,8 +272,12 @@ def _dataset(options: argparse.Namespace) -> None:
 
 
 def _card(options: argparse.Namespace) -> None:
-    from vitreg_hf.hub.cards import card_of, save_card
+    from vitreg_hf.hub.cards import card_of, is_rendered, save_card
 
+    if (options.folder / "README.md").exists() and not is_rendered(options.folder) and not options.overwrite:
+        raise ValueError(
+            f"Expected no card that a person edited, got {options.folder}/README.md: --overwrite replaces it"
+        )
     card = card_of(options.folder, options.model_id or str(options.folder), options.license)
     print(f"card: {save_card(card, options.folder)}")
 

@@ -296,8 +296,8 @@ def trained(tmp_path_factory) -> Path:
 
     from vitreg_hf import ViTRegConfig, ViTRegForImageClassification, ViTRegImageProcessor
     from vitreg_hf.analysis.figures import training_curve
-    from vitreg_hf.analysis.weights import fingerprint
     from vitreg_hf.hub.cards import card_of, save_card
+    from vitreg_hf.model.fingerprint import fingerprint
     from vitreg_hf.training.results import write_results
 
     folder, classes = tmp_path_factory.mktemp("trained") / "model", ["cat", "dog", "bird"]
@@ -311,7 +311,7 @@ def trained(tmp_path_factory) -> Path:
     # the facts of a real training, so that all that a card needs is there
     results = json.loads((_REPOSITORY / "model_cards/vitreg-digits/results.json").read_text())
     results["model"] |= {**{name: sizes[name] for name in sizes}, **layout, "name": "vitreg-pets"}
-    results["model"] |= {"parameters": model.num_parameters(), "weights": fingerprint(model)}
+    results["model"] |= {"parameters": model.num_parameters(), "weights": fingerprint(model.state_dict().items())}
     results["data"] |= {"classes": classes, "source": "somebody/pets", "hub_id": "somebody/pets"}
     results["license"] = "mit"
     write_results(results, folder / "results.json")

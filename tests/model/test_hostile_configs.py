@@ -96,7 +96,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
         {"attn_implementation": "evil/kernel"},
         "a name without a slash, as a file may not choose code",
     ),
-    "code of the Hub, inside": ({"_attn_implementation_internal": "evil/kernel"}, "a name without a slash"),
+    "code of the Hub, inside": ({"_attn_implementation_internal": "evil/kernel"}, "may not choose code of the Hub"),
 }
 
 

@@ -23,8 +23,8 @@ from vitreg_hf.analysis.report import start_report, write_report, write_results
 from vitreg_hf.analysis.summary import summarize
 from vitreg_hf.analysis.token_probes import local_probes, token_table
 from vitreg_hf.analysis.units import UNITS
-from vitreg_hf.analysis.weights import fingerprint
 from vitreg_hf.analysis.writers import follow_largest
+from vitreg_hf.model.fingerprint import fingerprint
 
 # Fewer images than this teach a linear probe nothing about images that it has not seen.
 _PROBED_FROM = 10
@@ -110,7 +110,7 @@ def describe(subject: Subject) -> dict[str, Any]:
     return {
         "name": subject.name,
         "family": subject.anatomy.family,
-        "weights": fingerprint(subject.model),
+        "weights": fingerprint(subject.model.state_dict().items()),
         "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
         "layers": len(subject.anatomy.blocks),
         "patch_size": list(layout.patch_size),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from vitreg_hf.analysis.foreign import TEXT_PATHS, Anatomy, anatomy_of
@@ -73,14 +74,20 @@ def load_vision(name: str, device: str | None = None) -> Subject:
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # None would ask on the terminal
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # None would ask on the terminal
+    except (StrictDataclassError, RecursionError) as error:
+        raise ValueError(f"Expected a config that can be read in {name!r}, got: {error}") from error
     if config.model_type in TEXT_PATHS:
         raise ValueError(
             f"Expected a vision model, got {name!r}, a text model ({config.model_type}): see vitreg sinks"
         )
     classifies = any(kind.endswith("ForImageClassification") for kind in config.architectures or ())
     auto_class = AutoModelForImageClassification if classifies else AutoModel
-    model = auto_class.from_pretrained(name, config=config, trust_remote_code=False)
+    try:
+        model = auto_class.from_pretrained(name, config=config, trust_remote_code=False)
+    except RuntimeError as error:  # what Transformers raises for tensors of another shape
+        raise ValueError(f"Expected weights that fit the config of {name!r}, got: {error}") from error
     try:
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     except OSError as error:

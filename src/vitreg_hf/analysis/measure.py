@@ -32,7 +32,7 @@ from vitreg_hf.analysis.recorder import AttentionCall, Readers
 from vitreg_hf.analysis.records import Arrays, Records
 from vitreg_hf.analysis.sinks import received_attention
 from vitreg_hf.analysis.token_norms import neighbour_similarity, patch_norms
-from vitreg_hf.analysis.weights import fingerprint
+from vitreg_hf.model.fingerprint import fingerprint
 
 _IMAGES_PER_FILE = 32  # what an interruption can lose
 
@@ -180,7 +180,11 @@ def measure(subject: Subject, images: ImageFiles, how: Pass, folder: Path) -> Re
     records = Records(folder)
     # Neither the batch size nor what happens to corrupt images changes a record, so both may change between two runs.
     processor = hashlib.sha256(f"{subject.preprocess!r} {how.image_size}".encode()).hexdigest()[:16]
-    facts = {"model": subject.name, "weights": fingerprint(subject.model), "image processor": processor}
+    facts = {
+        "model": subject.name,
+        "weights": fingerprint(subject.model.state_dict().items()),
+        "image processor": processor,
+    }
     records.claim({**facts, "images": images.fingerprint()}, how.overwrite)
     starts = range(0, len(images), _IMAGES_PER_FILE)
     todo = [start for start in starts if not records.holds(start)]

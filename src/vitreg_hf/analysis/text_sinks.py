@@ -44,7 +44,7 @@ from vitreg_hf.analysis.text_batches import (
     text_batch,
     tokenize,
 )
-from vitreg_hf.analysis.weights import fingerprint
+from vitreg_hf.model.fingerprint import fingerprint
 
 _TEXTS_PER_RECORD = 64  # what an interruption can cost; it decides nothing else
 _FEWEST_TOKENS = 2  # a text of one token leaves attention no choice
@@ -161,7 +161,11 @@ def measure_texts(
     lengths = {"max_length": max_length, "logit_length": logit_length, "logit_texts": logit_texts}
     vocabulary = [type(tokenizer).__name__, len(tokenizer), str(tokenizer.special_tokens_map)]
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    model = {"model": subject.name, "weights": fingerprint(subject.model), "tokenizer": vocabulary}
+    model = {
+        "model": subject.name,
+        "weights": fingerprint(subject.model.state_dict().items()),
+        "tokenizer": vocabulary,
+    }
     records.claim({"measured": "texts", **model, "texts": digest, **lengths}, overwrite)
     wanted = logit_texts - sum(int(record["sum_logit_texts"]) for record in records)
     with tqdm(total=len(texts), desc=f"Measuring {subject.name}", unit="text") as bar:

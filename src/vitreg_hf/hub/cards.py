@@ -155,7 +155,14 @@ def readme_to_publish(folder: Path, model_id: str, model_license: str | None = N
             text = str(card_of(folder, model_id, stated if model_license is None else model_license))
         elif model_license not in (None, stated):
             raise ValueError(f"Expected licence {model_license} in {path}, which was edited by hand, got {stated}")
-    check_card(_parsed(text, path), model_id)
+    card = _parsed(text, path)
+    check_card(card, model_id)
+    if cast(ModelCardData, card.data).pipeline_tag is None:
+        raise ValueError(
+            f"Expected metadata with the task on top of {path}, as `pipeline` reads it there, got none: begin it with "
+            "the lines ---, library_name: transformers, pipeline_tag: image-classification (or "
+            "image-feature-extraction, image-segmentation), and ---"
+        )
     return text
 
 

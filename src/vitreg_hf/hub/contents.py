@@ -62,7 +62,8 @@ def size_of(contents: Contents) -> int:
 
 def changes(contents: Contents, there: Mapping[str, RepoFile]) -> list[CommitOperationAdd | CommitOperationDelete]:
     """What has to be done to the files of a repository so that it holds the contents; nothing if it does."""
-    gone = [path for path in there if path not in contents and _SUPERSEDED.fullmatch(path)]
+    code = {path.name for path in code_files()}  # of an earlier commit with code: no config names it any more
+    gone = [path for path in there if path not in contents and (path in code or _SUPERSEDED.fullmatch(path))]
     added = [CommitOperationAdd(path, _readable(content)) for path, content in contents.items()]
     return [
         *(operation for operation in added if not _is_same(operation, there.get(operation.path_in_repo))),

@@ -1,6 +1,7 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
 """Whether a folder holds a complete model that may be published; nothing is sent, changed, or run from the folder."""
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from transformers import AutoImageProcessor
 from vitreg_hf.hub.cards import is_rendered, readme_to_publish
 from vitreg_hf.hub.json_files import read_object
 from vitreg_hf.hub.remote_code import PROCESSORS
-from vitreg_hf.hub.weight_files import WeightFiles, count_tensors, find_weights, weight_problems
+from vitreg_hf.hub.weight_files import WeightFiles, count_tensors, find_weights, weight_problems, weights_fingerprint
 from vitreg_hf.model.configuration_vitreg import ViTRegConfig
 from vitreg_hf.model.image_processing_pil_vitreg import ViTRegImageProcessorPil
 from vitreg_hf.model.modeling_vitreg import (
@@ -31,6 +32,8 @@ ARTIFACTS = f"artifacts/{RESULTS}"
 _CLASSES = {cls.__name__: cls for cls in AUTO_MODELS.values()}
 _NAMING_CLASSES = (ViTRegForImageClassification, ViTRegForSemanticSegmentation)
 _PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+# What Transformers' Trainer leaves beside a model; it is not published, and nobody loads a model from it.
+_OF_TRAINERS = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 
 
@@ -88,7 +91,8 @@ def check_folder(folder: Path, model_id: str | None = None, model_license: str |
     if config is not None and weights is not None and tensors:
         with _listed(problems, CONFIG):
             model = _empty_model(config, tensors)
-            problems += weight_problems(weights, model)
+            wrong = list(weight_problems(weights, model))
+            problems += wrong or _result_problems(folder, weights, model)
             problems += _label_problems(config, model)
     with _listed(problems, PROCESSOR):
         processor = _read(folder, PROCESSOR, "the image processor, which its save_pretrained writes")
@@ -170,6 +174,21 @@ def _label_problems(config: ViTRegConfig, model: ViTRegPreTrainedModel) -> Itera
         yield f"{CONFIG}: Expected label2id to turn id2label around, got {config.label2id!r:.100}"
 
 
+def _result_problems(folder: Path, weights: WeightFiles, model: ViTRegPreTrainedModel) -> Iterator[str]:
+    """Results of other weights would claim an accuracy that nobody measured of these."""
+    path = folder / RESULTS
+    if not path.is_file():
+        return
+    with contextlib.suppress(ValueError):  # damaged results are told of elsewhere
+        described = read_object(path).get("model")
+        stated = described.get("weights") if isinstance(described, dict) else None
+        if stated is not None and stated != weights_fingerprint(weights, model):
+            yield (
+                f"{RESULTS}: Expected the results of these weights, got those of others: evaluate these, or remove "
+                f"{RESULTS} and write {CARD} yourself"
+            )
+
+
 # The other files
 
 
@@ -197,6 +216,8 @@ def _check_card(folder: Path, model_id: str, model_license: str | None) -> None:
 def _pickle_problems(folder: Path) -> Iterator[str]:
     """Reading a pickle runs what is in it, so the Hub warns of it and many refuse to load it."""
     for path in sorted(folder.iterdir()):
+        if path.name in _OF_TRAINERS:
+            continue
         pickled = path.suffix.lower() in _PICKLES or (path.suffix.lower() == ".npy" and _holds_objects(path))
         if path.is_file() and pickled:
             hint = "save weights with save_pretrained, which writes safetensors, and move or delete this file"

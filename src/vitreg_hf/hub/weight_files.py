@@ -13,6 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from vitreg_hf.hub.json_files import read_object
 from vitreg_hf.model.checkpoint_checks import MOST_HEADER_BYTES
+from vitreg_hf.model.fingerprint import fingerprint
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -104,6 +105,20 @@ def count_tensors(weights: WeightFiles) -> int:
         except ValueError as error:
             raise ValueError(f"{file.name}: {error}") from error
     return total
+
+
+def weights_fingerprint(weights: WeightFiles, model: PreTrainedModel) -> str:
+    """The fingerprint that the model would have with these weights, of files without problems, a tensor at a time."""
+    prefix = f"{model.base_model_prefix}."
+    places = {key.removeprefix(prefix): (file, key) for file in weights.files for key in _keys_of(file)}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in model.state_dict():
+            file, key = places[name.removeprefix(prefix)]
+            with safe_open(file, framework="pt") as opened:
+                yield name, opened.get_tensor(key)
+
+    return fingerprint(tensors())
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -56,7 +56,8 @@ def check_checkpoint(
     held = sum(math.prod(tensor.shape) for tensor in stored.values())
     if files:  # a pickled tensor may repeat few values
         held = min(held, sum(os.path.getsize(file) for file in files))
-    _check_extent(model, held * (16 if is_quantized else 1))
+    if state_dict is None:  # what a program passes is not a file that asks for too much
+        _check_extent(model, held * (16 if is_quantized else 1))
 
 
 def _check_places(files: Sequence[str], folder: str | os.PathLike | None) -> None:
@@ -75,7 +76,10 @@ def _stored_tensors(file: str) -> dict[str, StoredTensor]:
         raise ValueError(f"Expected the file of weights {file}, which an index names, got none")
     if file.endswith(".safetensors"):
         return _safetensors(file)
-    tensors = torch.load(file, map_location="meta", weights_only=True)
+    try:
+        tensors = torch.load(file, map_location="meta", weights_only=True)
+    except Exception as error:  # its own message advises weights_only=False, which runs whatever the file says
+        raise ValueError(f"Expected a file of tensors alone, got {file}, which is damaged or holds code") from error
     if not isinstance(tensors, dict):
         raise ValueError(f"Expected a dictionary of tensors in {file}, got {type(tensors).__name__}")
     return {key: _described(tensor) for key, tensor in tensors.items() if isinstance(tensor, Tensor)}

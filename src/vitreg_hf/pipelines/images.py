@@ -11,12 +11,16 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from transformers.image_utils import load_image
 
+from vitreg_hf.model.image_inputs import open_image
+from vitreg_hf.model.image_processing_pil_vitreg import ViTRegImageProcessorMixin
 from vitreg_hf.model.processor_checks import check_file_size
 
+_BOMBS = (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning)
 _LONGEST_SHOWN = 300  # characters of a path, and of a reason
 
 
@@ -95,6 +99,19 @@ def opened(image: Any, timeout: float | None = None) -> PIL.Image.Image | np.nda
     return image
 
 
+def as_it_is(image: Any, timeout: float | None = None) -> PIL.Image.Image | np.ndarray | Tensor:
+    """As `opened`, but files and PIL images keep their mode: our image processors read 16 bit and transparent ones.
+
+    Turning them into RGB first, as Transformers does, would clip the one and drop the transparency of the other, so
+    that a pipeline would feed a model other pixels than its image processor does.
+    """
+    if isinstance(image, (str, os.PathLike)) and os.path.isfile(image):
+        return open_image(image)
+    if isinstance(image, PIL.Image.Image):
+        return PIL.ImageOps.exif_transpose(image)
+    return opened(image, timeout)
+
+
 def _opened_file(path: str | os.PathLike[str]) -> PIL.Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # refused here, with the size
@@ -106,7 +123,9 @@ def _opened_file(path: str | os.PathLike[str]) -> PIL.Image.Image:
 def _reason(image: Any, error: Exception) -> str:
     """Why an image cannot be read, where the error itself would not tell."""
     text = os.fspath(image) if isinstance(image, (str, os.PathLike)) else None
-    if text is not None and not os.path.isfile(text):
+    if text is not None and os.path.isdir(text):
+        return "this is a folder: pass its files"
+    if text is not None and not os.path.isfile(text) and not isinstance(error, _BOMBS):
         if not text.startswith(("http://", "https://")):
             return "there is no such file, and it is no base64 data of an image"
         if isinstance(error, PIL.UnidentifiedImageError):
@@ -158,6 +177,8 @@ class ReadsImages:
         try:
             with warnings.catch_warnings():  # Pillow only warns of an image of twice the pixels that it takes for safe
                 warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
+                if isinstance(self.image_processor, ViTRegImageProcessorMixin):
+                    return self._prepare_array(as_it_is(known.image, timeout), **options)
                 pixels = opened(known.image, timeout)
             if isinstance(pixels, PIL.Image.Image):
                 return self._prepare_picture(pixels, **options)
