@@ -400,6 +400,25 @@ def test_a_bad_file_names_itself_and_its_place(make, tmp_path, task, batch_size)
         assert str(raised.value).startswith(f"Expected a readable image, got {path!r}: ")
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "I;16", "F", "1"])
+def test_pixels_are_those_of_the_image_processor(make, tmp_path, mode):
+    """Turned into RGB first, 16 bit images would be clipped and transparent ones lose what they are laid over."""
+    values = np.random.default_rng(0).integers(0, 256, (40, 48), dtype=np.uint8)
+    if mode in ("I;16", "F"):
+        image = PIL.Image.fromarray(values.astype(np.uint16) * 257 if mode == "I;16" else values.astype(np.float32))
+    else:
+        image = PIL.Image.fromarray(np.dstack([values, values.T[:40, :40].repeat(2, 1)[:, :48], values, values]))
+        image = image.convert(mode) if mode != "RGBA" else image
+    classify = make("image-classification")
+    expected = classify.image_processor(image, return_tensors="pt").pixel_values
+    torch.testing.assert_close(classify.preprocess(image)["pixel_values"], expected, atol=0, rtol=0)
+    if mode != "F":
+        image.save(tmp_path / "image.png")
+        torch.testing.assert_close(
+            classify.preprocess(tmp_path / "image.png")["pixel_values"], expected, atol=0, rtol=0
+        )
+
+
 def test_decompression_bombs_are_refused(make, tmp_path, monkeypatch):
     """Also those between the limits of Pillow, of which it only warns."""
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 2000)

@@ -133,7 +133,7 @@ def test_a_missing_card_is_rendered(folder):
 
 
 def test_a_card_that_was_edited_is_published_as_it_is(tmp_path):
-    mine = "---\nlicense:   mit   # mine\n---\nMy model.\n"
+    mine = "---\nlicense:   mit   # mine\npipeline_tag: image-classification\n---\nMy model.\n"
     (tmp_path / "README.md").write_text(mine)
     assert readme_to_publish(tmp_path, "alice/things") == mine
     assert readme_to_publish(tmp_path, "alice/things", "mit") == mine

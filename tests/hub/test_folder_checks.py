@@ -262,7 +262,7 @@ BROKEN = {
         "README.md: Expected results.json of a training in",
     ),
 }
-for name in ("training_args.bin", "weights.pt", "weights.PTH", "last.ckpt", "data.pkl"):
+for name in ("weights.bin", "weights.pt", "weights.PTH", "last.ckpt", "data.pkl"):
     BROKEN[name] = (write(name, b"x"), f"{name}: Expected no pickle beside the model, .*: save weights with")
 
 
@@ -316,7 +316,16 @@ def test_shards_are_found_with_their_index(folder):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_are_fine(folder, dtype):
     change_weights(lambda tensors: tensors.update({key: t.to(dtype) for key, t in tensors.items()}))(folder)
+    (folder / "results.json").unlink()  # which are those of the weights before
+    assert check_folder(folder)
+
+
+def test_results_of_other_weights_are_refused(folder):
+    (folder / "training_args.bin").write_bytes(b"what Transformers' Trainer leaves is no weight file")
     assert check_folder(folder, ID)
+    change_weights(lambda tensors: tensors.update({key: 2 * t for key, t in tensors.items()}))(folder)
+    with pytest.raises(ValueError, match=r"results\.json: Expected the results of these weights, got those of others"):
+        check_folder(folder, ID)
 
 
 def save_segmenter(folder):

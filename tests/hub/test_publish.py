@@ -386,7 +386,7 @@ def test_wrong_options_are_refused_before_the_hub_is_asked(folder, case):
 def test_a_broken_folder_is_refused_before_the_hub_is_asked(hub, push, folder):
     tensors = load_file(folder / "model.safetensors")
     save_file({**tensors, "classifier.bias": tensors["classifier.bias"] * torch.nan}, folder / "model.safetensors")
-    (folder / "training_args.bin").write_bytes(b"x")
+    (folder / "weights.bin").write_bytes(b"x")
     result = push()
     assert result["error"] == "ValueError"
     assert len(result["message"].splitlines()) == 3

@@ -94,7 +94,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "widths per layer": ({"per_layer_config": {"0": {"hidden_size": HUGE}}}, "got 'per_layer_config'"),
     "code of the Hub": (
         {"attn_implementation": "evil/kernel"},
-        "a name without a slash, as a file may not choose code",
+        "may not choose code of the Hub",
     ),
     "code of the Hub, inside": ({"_attn_implementation_internal": "evil/kernel"}, "may not choose code of the Hub"),
 }

@@ -264,7 +264,8 @@ class TestPickles:
     def test_do_not_run_code(self, load: Any, tmp_path: Path, option: str, dtype: str | None) -> None:
         code = AUTO.replace("(argument", f"(argument{option}")
         report = load(self.pickled({"x": Evil(tmp_path / "ran")}), code, dtype=dtype)
-        assert report.kind == ("ValueError" if "weights_only" in option else "UnpicklingError")
+        ours = dtype is not None or "weights_only" in option  # without a dtype, Transformers reads the file first
+        assert report.kind == ("ValueError" if ours else "UnpicklingError")
         assert not (tmp_path / "ran").exists()
 
     def test_of_tensors_load(self, load: Any, saved: Path) -> None:

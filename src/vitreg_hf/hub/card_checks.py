@@ -121,9 +121,8 @@ def _code_problems(text: str, model_id: str) -> Iterator[str]:
     loaded = [double or single for double, single in _LOADED.findall(text)]
     for name in dict.fromkeys(loaded):
         if name != model_id and (not _is_repo_id(name) or Path(name).exists()):
-            yield f"code that loads {name!r}, which is no id on the Hub: write {model_id!r} there"
-            return
-    if loaded and model_id not in loaded and not any(_is_repo_id(name) for name in loaded):
+            yield f"code that loads {name!r}, which is no id on the Hub"
+    if loaded and model_id not in loaded:
         yield f"code that loads {', '.join(map(repr, dict.fromkeys(loaded)))} and never {model_id!r}"
 
 
@@ -132,4 +131,4 @@ def _is_repo_id(name: str) -> bool:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return True
+    return "/" in name

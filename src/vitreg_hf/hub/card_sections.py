@@ -148,9 +148,9 @@ def _usage(model_id: str) -> str:
     quoted = json.dumps(model_id)
     one, two, three = (code.format(model_id=quoted) for code in (_PIPELINE_CODE, _TOKENS_CODE, _AUTO_CLASS_CODE))
     return (
-        "The Python package `vitreg_hf` has to be installed, with its extra `analysis` for the overlay picture. Without\n"
-        "it, where `modeling_vitreg.py` lies beside the weights, `trust_remote_code=True` loads the model with the Auto\n"
-        "classes, and `pipeline` classifies.\n\n"
+        "The Python package `vitreg_hf` has to be installed, with its extra `analysis` for the overlay picture.\n"
+        "Without it, where `modeling_vitreg.py` lies beside the weights, `trust_remote_code=True` loads the model\n"
+        "with the Auto classes, and `pipeline` classifies.\n\n"
         f"{one}\n\nFeatures by name, and what CLS and registers attend to:\n\n{two}\n\n"
         f"With the Auto classes:\n\n{three}\n\n{_AUTO_BACKBONE}"
     )

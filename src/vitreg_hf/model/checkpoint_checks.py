@@ -56,8 +56,7 @@ def check_checkpoint(
     held = sum(math.prod(tensor.shape) for tensor in stored.values())
     if files:  # a pickled tensor may repeat few values
         held = min(held, sum(os.path.getsize(file) for file in files))
-    if state_dict is None:  # what a program passes is not a file that asks for too much
-        _check_extent(model, held * (16 if is_quantized else 1))
+    _check_extent(model, held * (16 if is_quantized else 1))
 
 
 def _check_places(files: Sequence[str], folder: str | os.PathLike | None) -> None:
