@@ -238,6 +238,8 @@ def test_code_is_added_to_the_upload_alone(hub, push, folder, repo):
         assert f"{file}.py" in code
     assert not list(folder.glob("*.py"))
     assert not push(with_code=True)["changed"]
+    assert set(push()["deleted"]) == code  # which no config names any more
+    assert set(hub.tree(repo)["main"]["files"]) == PLAIN | {".gitattributes"}
 
 
 def test_code_is_what_save_pretrained_writes(folder, monkeypatch, tmp_path):
