@@ -76,6 +76,7 @@ def _run(job: dict[str, Any]) -> None:
     """Be the job: in a forked process, which ends here."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     status = 1
     try:
         _redirect(Path(job["folder"]))

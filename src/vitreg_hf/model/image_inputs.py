@@ -326,9 +326,7 @@ def _upsample(logits: Tensor, target_size: Any, mask: Tensor | None) -> Tensor:
     logits = logits[:, : math.ceil(rows), : math.ceil(columns)].float()
     if target_size is None:
         return logits
-    height, width = (int(edge) for edge in target_size)
-    if height < 1 or width < 1:
-        raise ValueError(f"expected a segmentation map of at least one pixel per side, got {height} x {width}")
+    height, width = check_extent("a segmentation map", *(int(edge) for edge in target_size))
     # grid_sample rather than interpolate: the image may end inside the last row or column of logits
     y = (torch.arange(height, device=logits.device) + 0.5) * (2 * rows / height / logits.shape[-2]) - 1
     x = (torch.arange(width, device=logits.device) + 0.5) * (2 * columns / width / logits.shape[-1]) - 1

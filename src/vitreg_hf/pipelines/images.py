@@ -106,7 +106,9 @@ def as_it_is(image: Any, timeout: float | None = None) -> PIL.Image.Image | np.n
     that a pipeline would feed a model other pixels than its image processor does.
     """
     if isinstance(image, (str, os.PathLike)) and os.path.isfile(image):
-        return open_image(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # refused there, with the size
+            return open_image(image)
     if isinstance(image, PIL.Image.Image):
         return PIL.ImageOps.exif_transpose(image)
     return opened(image, timeout)
