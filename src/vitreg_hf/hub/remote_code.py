@@ -7,8 +7,7 @@ from typing import Any
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from vitreg_hf.model import image_processing_pil_vitreg, image_processing_vitreg, modeling_vitreg
-from vitreg_hf.model.configuration_vitreg import ViTRegConfig
-from vitreg_hf.model.modeling_vitreg import AUTO_MODELS
+from vitreg_hf.model.modeling_vitreg import remote_code_map
 
 PROCESSORS = {
     "ViTRegImageProcessor": image_processing_vitreg.ViTRegImageProcessor,
@@ -25,8 +24,7 @@ def code_files() -> list[Path]:
 
 def config_with_code(config: dict[str, Any]) -> dict[str, Any]:
     """A saved config that names the class for every Auto class, whatever it named before."""
-    classes: dict[str, type] = {"AutoConfig": ViTRegConfig, **AUTO_MODELS}
-    return {**config, "auto_map": {auto: _reference(cls) for auto, cls in classes.items()}}
+    return {**config, "auto_map": remote_code_map()}
 
 
 def processor_with_code(processor: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from vitreg_hf.hub.json_files import read_object
-from vitreg_hf.model.checkpoint_checks import MOST_HEADER_BYTES
+from vitreg_hf.model.checkpoint_checks import check_header
 from vitreg_hf.model.fingerprint import fingerprint
 
 WEIGHTS = "model.safetensors"
@@ -134,10 +134,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _keys_of(file: Path) -> list[str]:
     """Names of the tensors in a file, whose table of contents is not too large to be one."""
-    with open(file, "rb") as start:
-        header = int.from_bytes(start.read(8), "little")
-    if MOST_HEADER_BYTES < header <= file.stat().st_size:  # what lies beyond the file, the library describes better
-        raise ValueError(f"Expected a header of at most {MOST_HEADER_BYTES} bytes, got {header}")
+    check_header(file)
     try:
         with safe_open(file, framework="pt") as opened:
             return list(opened.keys())

@@ -84,11 +84,16 @@ def _stored_tensors(file: str) -> dict[str, StoredTensor]:
     return {key: _described(tensor) for key, tensor in tensors.items() if isinstance(tensor, Tensor)}
 
 
-def _safetensors(file: str) -> dict[str, StoredTensor]:
+def check_header(file: str | os.PathLike[str]) -> None:
+    """Refuse a safetensors file whose table of contents is too large to be one; raises ValueError."""
     with open(file, "rb") as start:
         header = int.from_bytes(start.read(8), "little")
     if MOST_HEADER_BYTES < header <= os.path.getsize(file):  # what lies beyond the file, the library describes better
-        raise ValueError(f"Expected a header of at most {MOST_HEADER_BYTES} bytes in {file}, got {header}")
+        raise ValueError(f"Expected a header of at most {MOST_HEADER_BYTES} bytes, got {header} in {file}")
+
+
+def _safetensors(file: str) -> dict[str, StoredTensor]:
+    check_header(file)
     try:
         with safe_open(file, framework="pt") as opened:
             parts = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118  # it is no dictionary

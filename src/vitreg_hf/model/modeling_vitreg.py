@@ -253,7 +253,7 @@ class ViTRegPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save as Transformers does; after `register_for_auto_class`, with code and all Auto classes in the map."""
         if self._auto_class is not None:
-            self.config.auto_map = _remote_code_map()
+            self.config.auto_map = remote_code_map()
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def no_weight_decay(self) -> set[str]:
@@ -645,7 +645,7 @@ AUTO_MODELS: dict[str, type[ViTRegPreTrainedModel]] = {
 }
 
 
-def _remote_code_map() -> dict[str, str]:
+def remote_code_map() -> dict[str, str]:
     """Auto class -> `file.Class`, for every Auto class that a saved model of the family can be loaded with."""
     classes: dict[str, type] = {"AutoConfig": ViTRegConfig, **AUTO_MODELS}
     return {auto: f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}" for auto, cls in classes.items()}
