@@ -36,8 +36,9 @@ MODEL_IMPORTS = {
     "position_embedding": {"configuration_vitreg"},
     "embeddings": {"configuration_vitreg", "token_layout", "position_embedding"},
     "attention": {"configuration_vitreg", "recording", "token_layout"},
+    "layers": {"attention", "configuration_vitreg", "recording", "token_layout"},
     "modeling_vitreg": {
-        *("attention", "checkpoint_checks", "configuration_vitreg", "embeddings", "outputs", "recording"),
+        *("attention", "checkpoint_checks", "configuration_vitreg", "embeddings", "layers", "outputs", "recording"),
         "token_layout",
     },
     "image_processing_pil_vitreg": {"image_inputs", "processor_checks"},
