@@ -10,71 +10,85 @@ about 98 % of the 360 test images are classified correctly. `examples/README.md`
 several processes, mixed precision, interrupted trainings and own images.
 """
 
-import math
 import shlex
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import GradientAccumulationPlugin, gather_object, set_seed
-from torch.optim.lr_scheduler import LambdaLR
+from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, PreTrainedModel
 from transformers.hf_argparser import DataClassType
 
-from vitreg_hf import ViTRegConfig, ViTRegForImageClassification, ViTRegImageProcessor
+from vitreg_hf import ViTRegForImageClassification, ViTRegImageProcessor
 from vitreg_hf.analysis.figures import training_curve
 from vitreg_hf.hub.card_checks import check_license
 from vitreg_hf.hub.cards import card_of, save_card
 from vitreg_hf.hub.publish import PublishError, check_access, publish
 from vitreg_hf.model.fingerprint import fingerprint
 from vitreg_hf.training.augmentation import EvaluationTransform, Mixing, TrainingTransform, mixing
-from vitreg_hf.training.checkpointing import (
-    Progress,
-    checkpoint_to_resume,
-    epoch_seed,
-    load_checkpoint,
-    save_checkpoint,
-)
+from vitreg_hf.training.checkpointing import Progress, agreed_checkpoint, load_checkpoint, own_totals, totals_of_all
+from vitreg_hf.training.classification_settings import ImageClassificationSettings
 from vitreg_hf.training.data import load_images
 from vitreg_hf.training.labelled_images import (
     Collate,
     ImageClassificationData,
+    TrainingImages,
     find_unreadable,
     without_unreadable,
 )
-from vitreg_hf.training.launch import check_launch
+from vitreg_hf.training.launch import create_accelerator
+from vitreg_hf.training.losses import Loss, classification_loss
 from vitreg_hf.training.metrics import Accuracy, TopKAccuracy
-from vitreg_hf.training.optim import create_ema, create_optimizer, create_schedule, optimizer_steps
+from vitreg_hf.training.optim import create_ema, create_optimizer, create_schedule
 from vitreg_hf.training.results import describe_data, describe_training, staged_folder, write_results
-from vitreg_hf.training.settings import FILE_SETTINGS, ImageClassificationSettings
+from vitreg_hf.training.running import Saver, StopRequest
+from vitreg_hf.training.sampling import BatchStream, SampleStream
+from vitreg_hf.training.seeding import seed_step, seed_weights
 from vitreg_hf.training.speed import describe_speed
-
-# Where files lie and how long a training may go on: none of it changes what an epoch does.
-FREE_ON_RESUME = (*FILE_SETTINGS, "early_stopping_patience")
+from vitreg_hf.training.timetable import Timetable
 
 
 @dataclass
 class Training:
-    """What the loop turns."""
+    """What the loop turns, and where it is."""
 
     settings: ImageClassificationSettings
     accelerator: Accelerator
+    timetable: Timetable
     model: torch.nn.Module
     ema: AveragedModel | None
     optimizer: torch.optim.Optimizer
-    scheduler: LambdaLR
-    train_loader: Any
-    eval_loader: Any
+    scheduler: LRScheduler
+    loss: Loss
     mix: Mixing | None
-    bar: Any
+    eval_loader: Any
+    saver: Saver
+    fixed: dict[str, Any]  # what a run that continues this one must have in common with it
+    step: int = 0  # updates of the weights so far
+    position: int = 0  # training samples taken so far, by all processes
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    totals: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))  # of this epoch and process
+
+    def progress(self) -> Progress:
+        """Where the training is; to be called by every process."""
+        totals = totals_of_all(self.totals)
+        return Progress(self.step, self.position, self.curve, totals, {}, self.fixed)
+
+    def resume(self, progress: Progress) -> None:
+        """Go on from where another run of this training was."""
+        self.step, self.position, self.curve = progress.step, progress.position, progress.curve
+        self.totals = own_totals(progress.totals, self.accelerator).to(self.totals)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -86,9 +100,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_license(settings.hub_license)
     if settings.push_to_hub:
         settings.hub_model_id = check_access(settings.hub_model_id or f"vitreg-{settings.source_name()}")
-    checkpoints = settings.output_folder / "checkpoints"
-    checkpoint = checkpoint_to_resume(settings.resume_from_checkpoint, checkpoints)
-    accelerator = create_accelerator(settings)
+    accelerator = create_accelerator(
+        settings.mixed_precision, settings.gradient_accumulation_steps, settings.per_device_train_batch_size
+    )
+    checkpoint = agreed_checkpoint(accelerator, settings.resume_from_checkpoint, settings.checkpoint_folder)
 
     data = load_images(settings)
     unreadable = gather_object(find_unreadable(data, accelerator.process_index, accelerator.num_processes))
@@ -97,86 +112,93 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"left out  {len(unreadable)} images that cannot be decoded (listed in results.json)")
     config.id2label = dict(enumerate(data.class_names))
     config.label2id = {name: index for index, name in enumerate(data.class_names)}
-    processor = create_processor(settings)
-    run = create_training(settings, accelerator, config, data, processor)
+    processor = create_processor(settings, config)
+    seed_weights(settings.seed)
+    model = ViTRegForImageClassification(config)
 
-    progress = Progress(epoch=0, step=0, curve=[], settings=fixed_settings(run, data))
-    if checkpoint is not None:
-        progress = load_checkpoint(accelerator, checkpoint, progress.settings, run.scheduler, run.ema)
-        run.bar.update(progress.epoch * len(run.train_loader))
-    before = sum(entry["seconds"] for entry in progress.curve)
+    with StopRequest(accelerator) as stop:
+        run = create_training(settings, accelerator, model, data, processor, stop)
+        if checkpoint is not None:
+            changes = settings.resume_with_changes
+            run.resume(load_checkpoint(accelerator, checkpoint, run.fixed, run.scheduler, run.saver.modules, changes))
+        metrics = train(run, train_batches(run, data, processor))
 
-    metrics = None
-    for epoch in range(progress.epoch, settings.num_train_epochs):
-        if should_stop(progress.curve, settings.early_stopping_patience):
-            break
-        epoch_started = time.perf_counter()
-        trained = train_epoch(run, epoch)
-        metrics = evaluate(run)
-        step = run.scheduler.last_epoch
-        entry = {"epoch": epoch + 1, "step": step, **trained, "eval_loss": metrics["loss"]}
-        entry |= {"eval_accuracy": metrics["accuracy"], "seconds": time.perf_counter() - epoch_started}
-        progress = Progress(epoch + 1, step, [*progress.curve, entry], progress.settings)
-        if settings.save_every_epochs and (epoch + 1) % settings.save_every_epochs == 0:
-            save_checkpoint(accelerator, checkpoints, progress, run.scheduler, run.ema, settings.save_total_limit)
-    run.bar.close()
-
-    metrics = metrics or evaluate(run)  # a finished training was resumed
     if accelerator.is_main_process:
-        model: Any = accelerator.unwrap_model(run.model) if run.ema is None else run.ema.module
+        trained: Any = accelerator.unwrap_model(run.model) if run.ema is None else run.ema.module
         results = {
-            **describe_training(settings, accelerator, model, progress),
+            **describe_training(settings, accelerator, trained, run.curve, run.timetable.total_epochs),
             "data": describe_data(data, skipped=sorted(str(one) for one in unreadable)),
             "metrics": metrics,
-            "speed": describe_speed(model, processor, settings.per_device_eval_batch_size),
+            "speed": describe_speed(trained, processor, settings.per_device_eval_batch_size),
             "license": settings.hub_license,
             "command": shlex.join(["python", *sys.argv]),
         }
-        results["model"]["weights"] = fingerprint(model.state_dict().items())
-        results["seconds"]["total"] = before + time.perf_counter() - started
-        save(settings, model, processor, results)
+        results["model"]["weights"] = fingerprint(trained.state_dict().items())
+        results["seconds"]["total"] = max(time.perf_counter() - started, results["seconds"]["train"])
+        save(settings, trained, processor, results)
     accelerator.end_training()
     if settings.push_to_hub and accelerator.is_main_process:
         push(settings)
 
 
-def train_epoch(run: Training, epoch: int) -> dict[str, float | None]:
-    """One pass over the training images. Everything random in it follows from the seed and the number of the epoch."""
-    accelerator, settings = run.accelerator, run.settings
-    set_seed(epoch_seed(settings.seed, epoch, accelerator.process_index))
-    run.train_loader.set_epoch(epoch)
+def train(run: Training, batches: Iterator[dict[str, Tensor]]) -> dict[str, Any]:
+    """What is left of the training; returns the metrics of its last evaluation."""
+    settings, metrics = run.settings, None
+    with tqdm(
+        total=run.timetable.total_steps, initial=run.step, unit="step", disable=not run.accelerator.is_main_process
+    ) as bar:
+        for epoch in range(len(run.curve), run.timetable.total_epochs):
+            if should_stop(run.curve, settings.early_stopping_patience):
+                break
+            train_epoch(run, batches, epoch, bar)
+            metrics = evaluate(run)
+            run.curve = [*run.curve, describe_epoch(run, metrics)]
+            run.totals = torch.zeros_like(run.totals)
+            if settings.save_every_epochs and (epoch + 1) % settings.save_every_epochs == 0:
+                run.saver.save(run.progress())
+    return metrics or evaluate(run)  # a finished training was resumed
+
+
+def train_epoch(run: Training, batches: Iterator[dict[str, Tensor]], epoch: int, bar: Any) -> None:
+    """The steps of one epoch that are left."""
     run.model.train()
-    totals = torch.zeros(3, device=accelerator.device)  # summed loss, right answers, images
     started = time.perf_counter()
-    for index, batch in enumerate(run.train_loader):
+    for step in range(run.step, run.timetable.end_of(epoch + 1)):
+        seed_step(run.settings.seed, step, run.accelerator.process_index)
+        sums = train_step(run, islice(batches, run.settings.gradient_accumulation_steps))
+        run.step, run.position = step + 1, run.position + run.timetable.images_per_step
+        now = time.perf_counter()
+        run.totals += torch.cat([sums, sums.new_tensor([now - started])]).to(run.totals)
+        started = now
+        bar.update()
+        if run.step % run.settings.logging_steps == 0:  # reading numbers off a GPU makes it wait
+            show(run, epoch, bar)
+        run.saver.after_step(run.step, run.progress)
+
+
+def train_step(run: Training, batches: Iterator[dict[str, Tensor]]) -> Tensor:
+    """One update of the weights; returns summed loss, right answers and images of this process."""
+    accelerator, settings = run.accelerator, run.settings
+    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    for batch in batches:
+        batch = send_to_device(batch, accelerator.device, non_blocking=True)
         images, labels = batch["pixel_values"], batch["labels"]
         inputs, targets = (images, labels) if run.mix is None else run.mix(images, labels)
         with accelerator.accumulate(run.model):
             logits = run.model(pixel_values=inputs).logits
-            loss = F.cross_entropy(logits, targets, label_smoothing=settings.label_smoothing_factor)
+            loss = run.loss(logits, targets)
             accelerator.backward(loss)
             if accelerator.sync_gradients and settings.max_grad_norm:
                 accelerator.clip_grad_norm_(run.model.parameters(), settings.max_grad_norm)
             run.optimizer.step()
             run.optimizer.zero_grad()
-        if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
-            run.scheduler.step()
-            if run.ema is not None:
-                run.ema.update_parameters(accelerator.unwrap_model(run.model))
-
         right = (logits.argmax(dim=-1) == labels).sum()
-        totals += torch.stack([loss.detach() * len(labels), right, torch.tensor(len(labels), device=right.device)])
-        run.bar.update()
-        if index % 10 == 0:  # reading numbers off a GPU makes it wait
-            show(run, epoch, totals, started)
-    loss_sum, right_sum, count = accelerator.reduce(totals, reduction="sum").tolist()
-    if not math.isfinite(loss_sum):
-        raise RuntimeError(f"Expected a finite loss, got {loss_sum} in epoch {epoch + 1}: lower the learning rate")
-    return {
-        "train_loss": loss_sum / count,
-        "train_accuracy": right_sum / count if run.mix is None else None,  # a mixed image has no single right answer
-        "images_per_second": count / (time.perf_counter() - started),
-    }
+        sums += torch.stack([loss.detach() * len(labels), right, torch.tensor(len(labels), device=right.device)])
+    if not accelerator.optimizer_step_was_skipped:
+        run.scheduler.step()
+        if run.ema is not None:
+            run.ema.update_parameters(accelerator.unwrap_model(run.model))
+    return sums
 
 
 @torch.no_grad()
@@ -197,12 +219,27 @@ def evaluate(run: Training) -> dict[str, float | int]:
     return metrics | top5.compute() if logits.shape[-1] > 5 else metrics
 
 
-def show(run: Training, epoch: int, totals: torch.Tensor, started: float) -> None:
+def describe_epoch(run: Training, metrics: dict[str, Any]) -> dict[str, Any]:
+    """The entry of an epoch in the curve; to be called by every process."""
+    loss, right, count, seconds = run.accelerator.reduce(run.totals, reduction="sum").tolist()
+    return {
+        "epoch": len(run.curve) + 1,
+        "step": run.step,
+        "train_loss": loss / count,
+        "train_accuracy": right / count if run.mix is None else None,  # a mixed image has no single right answer
+        "eval_loss": metrics["loss"],
+        "eval_accuracy": metrics["accuracy"],
+        "images_per_second": count * run.accelerator.num_processes / seconds,
+        "seconds": seconds / run.accelerator.num_processes,
+    }
+
+
+def show(run: Training, epoch: int, bar: Any) -> None:
     """Put the running numbers of this epoch behind the progress bar."""
-    loss, right, count = totals.tolist()
-    speed = count * run.accelerator.num_processes / (time.perf_counter() - started)
+    loss, right, count, seconds = run.totals.tolist()
+    speed = count * run.accelerator.num_processes / seconds
     shown = {"epoch": epoch + 1, "loss": f"{loss / count:.3f}", "images/s": f"{speed:.0f}"}
-    run.bar.set_postfix(shown if run.mix is not None else shown | {"accuracy": f"{right / count:.3f}"})
+    bar.set_postfix(shown if run.mix is not None else shown | {"accuracy": f"{right / count:.3f}"})
 
 
 def should_stop(curve: Sequence[dict[str, Any]], patience: int | None) -> bool:
@@ -214,61 +251,82 @@ def should_stop(curve: Sequence[dict[str, Any]], patience: int | None) -> bool:
 # What the loop is put together from
 
 
-def create_accelerator(settings: ImageClassificationSettings) -> Accelerator:
-    """The accelerator of this launch, whose processes train one model."""
-    accelerator = Accelerator(
-        mixed_precision=settings.mixed_precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.gradient_accumulation_steps),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=epoch_seed(settings.seed, 0)),
-    )
-    check_launch(accelerator)
-    return accelerator
-
-
-def create_processor(settings: ImageClassificationSettings) -> ViTRegImageProcessor:
+def create_processor(settings: ImageClassificationSettings, config: Any) -> ViTRegImageProcessor:
     """How images are prepared: whole, or after training on crops the middle of a slightly larger image."""
-    square, bilinear = {"height": settings.image_size, "width": settings.image_size}, 2
+    size, channels = config.image_size, config.num_channels
+    square = {"height": size, "width": size}
+    options: dict[str, Any] = {"resample": 2, "size_divisor": config.patch_size, "do_convert_rgb": channels == 3}
+    if channels != 3:
+        options |= {"image_mean": [0.5] * channels, "image_std": [0.5] * channels}
     if settings.crop_scale is None:
-        return ViTRegImageProcessor(size=square, resample=bilinear, size_divisor=settings.patch_size)
-    larger = {"shortest_edge": round(settings.image_size / 0.875)}
-    return ViTRegImageProcessor(size=larger, crop_size=square, resample=bilinear, size_divisor=settings.patch_size)
+        return ViTRegImageProcessor(size=square, **options)
+    larger = {"shortest_edge": round(size / settings.eval_crop_ratio)}
+    return ViTRegImageProcessor(size=larger, crop_size=square, **options)
 
 
 def create_training(
     settings: ImageClassificationSettings,
     accelerator: Accelerator,
-    config: ViTRegConfig,
+    model: ViTRegForImageClassification,
     data: ImageClassificationData,
     processor: ViTRegImageProcessor,
+    stop: StopRequest,
 ) -> Training:
-    """Model, optimizer, schedule, averaged weights and loaders, prepared for this launch."""
-    set_seed(settings.seed)
-    model = ViTRegForImageClassification(config)
-    optimizer = create_optimizer(model, settings.learning_rate, settings.weight_decay)
-    ema = None if settings.ema_decay is None else create_ema(model, settings.ema_decay).to(accelerator.device)
-    augmented = TrainingTransform(
-        processor, settings.crop_scale, bool(settings.horizontal_flip), settings.rand_augment
+    """Model, optimizer, schedule, averaged weights and what saves them, prepared for this launch."""
+    batch_size, accumulated = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    images_per_step = batch_size * accumulated * accelerator.num_processes
+    timetable = Timetable(
+        images_per_step, len(data.train), settings.num_train_epochs, settings.steps_per_epoch, settings.max_steps
     )
-    collate, batch_size = Collate(augmented), settings.per_device_train_batch_size
-    loading = {"num_workers": settings.dataloader_num_workers, "pin_memory": accelerator.device.type == "cuda"}
-    train_loader = DataLoader(data.train, batch_size, shuffle=True, collate_fn=collate, **loading)
-    collate, batch_size = Collate(EvaluationTransform(processor)), settings.per_device_eval_batch_size
-    eval_loader = DataLoader(data.evaluation, batch_size, collate_fn=collate, **loading)
-    model, optimizer, train_loader, eval_loader = accelerator.prepare(model, optimizer, train_loader, eval_loader)
-
-    steps = optimizer_steps(len(train_loader), settings.gradient_accumulation_steps, settings.num_train_epochs)
-    scheduler = create_schedule(optimizer, steps, settings.warmup_ratio)
+    optimizer = create_optimizer(model, settings.learning_rate, settings.weight_decay)
+    scheduler = create_schedule(optimizer, timetable.total_steps, settings.warmup_ratio)
+    ema = None if settings.ema_decay is None else create_ema(model, settings.ema_decay).to(accelerator.device)
+    collate = Collate(EvaluationTransform(processor))
+    eval_loader = DataLoader(data.evaluation, settings.per_device_eval_batch_size, collate_fn=collate)
+    run_model, run_optimizer, eval_loader = accelerator.prepare(model, optimizer, eval_loader)
+    saver = Saver(
+        accelerator,
+        settings.checkpoint_folder,
+        scheduler,
+        {} if ema is None else {"ema": ema},
+        stop,
+        settings.save_steps,
+        settings.save_total_limit,
+        settings.logging_steps,
+    )
+    launch = {"processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
+    fixed = settings.fixed(**launch, train_images=len(data.train), classes=data.class_names)
+    loss = classification_loss(settings.loss, settings.label_smoothing_factor)
     mix = mixing(len(data.class_names), settings.mixup_alpha, settings.cutmix_alpha)
-    batches = settings.num_train_epochs * len(train_loader)
-    bar = tqdm(total=batches, desc="Training", unit="batch", disable=not accelerator.is_main_process)
-    return Training(settings, accelerator, model, ema, optimizer, scheduler, train_loader, eval_loader, mix, bar)
+    return Training(
+        *(settings, accelerator, timetable, run_model, ema, run_optimizer, scheduler, loss, mix),
+        *(eval_loader, saver, fixed),
+    )
 
 
-def fixed_settings(run: Training, data: ImageClassificationData) -> dict[str, Any]:
-    """What a resumed training must have in common with its checkpoint to continue it exactly."""
-    fixed = {name: value for name, value in asdict(run.settings).items() if name not in FREE_ON_RESUME}
-    launch = {"processes": run.accelerator.num_processes, "mixed_precision": run.accelerator.mixed_precision}
-    return fixed | launch | {"train_images": len(data.train), "classes": data.class_names}
+def train_batches(
+    run: Training, data: ImageClassificationData, processor: ViTRegImageProcessor
+) -> Iterator[dict[str, Tensor]]:
+    """The training batches of this process from where the training is."""
+    settings, accelerator = run.settings, run.accelerator
+    transform = TrainingTransform(
+        *(processor, settings.crop_scale, bool(settings.horizontal_flip), settings.rand_augment),
+        *(settings.three_augment, settings.color_jitter),
+    )
+    sampler = BatchStream(
+        SampleStream(len(data.train), settings.seed, settings.repeated_augmentation),
+        settings.per_device_train_batch_size,
+        (run.timetable.total_steps - run.step) * settings.gradient_accumulation_steps,
+        *(run.position, accelerator.process_index, accelerator.num_processes),
+    )
+    loader = DataLoader(
+        TrainingImages(data.train.with_channels(settings.num_channels), transform.augment, settings.seed),
+        batch_sampler=sampler,
+        collate_fn=Collate(transform),
+        num_workers=settings.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    return iter(loader)
 
 
 def save(

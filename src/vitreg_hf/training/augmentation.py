@@ -1,10 +1,10 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
-"""Random crops, flips, RandAugment and mixing for training.
+"""Random crops, flips, colours and mixing for training.
 
 Size, mean, std and the filter of resizing are read off the image processor, which is also all that evaluation uses:
 what a model was trained for is saved with it, in one place.
 
-Shapes: B images of H x W pixels as they are decoded, h x w pixels as the model gets them, K classes.
+Shapes: B images of C channels and H x W pixels as they are decoded, h x w pixels as the model gets them, K classes.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,12 +25,15 @@ class EvaluationTransform:
         self.processor = processor
 
     def __call__(self, images: Sequence[Tensor]) -> Tensor:
-        """uint8 images `(3, H, W)` of any sizes to `(B, 3, h, w)` float32."""
+        """uint8 images `(C, H, W)` of any sizes to `(B, C, h, w)` float32."""
         return self.processor(list(images), return_tensors="pt")["pixel_values"]
 
 
 class TrainingTransform:
-    """Random geometry and colours between decoding and normalisation; draws from torch's global generator.
+    """Random geometry and colours of single images between decoding and normalisation.
+
+    `augment` draws from torch's global generator, which a data set seeds per sample; calling the transform then makes a
+    batch of augmented images and draws nothing.
 
     Args:
         processor: gives size, filter, mean and std.
@@ -38,6 +41,8 @@ class TrainingTransform:
             evaluation.
         horizontal_flip: mirror half of the images.
         rand_augment: RandAugment (Cubuk et al., arXiv 1909.13719) with torchvision's defaults.
+        three_augment: one of grey, solarised and blurred (DeiT III, Touvron et al., arXiv 2204.07118).
+        color_jitter: strength of random brightness, contrast and saturation; 0: none.
 
     Raises:
         ValueError: if the range is not within 0 < low <= high <= 1.
@@ -49,24 +54,45 @@ class TrainingTransform:
         crop_scale: tuple[float, float] | None = None,
         horizontal_flip: bool = False,
         rand_augment: bool = False,
+        three_augment: bool = False,
+        color_jitter: float = 0.0,
     ) -> None:
         if crop_scale is not None and not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"Expected a crop scale with 0 < low <= high <= 1, got {crop_scale}")
         self.processor = processor
         self.crop = None if crop_scale is None else _random_resized_crop(processor, crop_scale)
-        steps = [v2.RandomHorizontalFlip()] if horizontal_flip else []
-        self.steps = steps + ([v2.RandAugment(interpolation=v2.InterpolationMode.BILINEAR)] if rand_augment else [])
+        self.steps: list[torch.nn.Module] = []
+        if horizontal_flip:
+            self.steps.append(v2.RandomHorizontalFlip())
+        if rand_augment:
+            self.steps.append(v2.RandAugment(interpolation=v2.InterpolationMode.BILINEAR))
+        if three_augment:
+            self.steps.append(_three_augment())
+        if color_jitter:
+            self.steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+
+    def augment(self, image: Tensor) -> Tensor:
+        """One decoded image, uint8 `(C, H, W)`, to the size of the model and augmented; as it is if nothing is random."""
+        if self.crop is not None:
+            image = self.crop(image)
+        elif self.steps:
+            image = self.processor([image], do_rescale=False, do_normalize=False)["pixel_values"][0]
+        for step in self.steps:
+            image = step(image)
+        return image
 
     def __call__(self, images: Sequence[Tensor]) -> Tensor:
-        """uint8 images `(3, H, W)` of any sizes to `(B, 3, h, w)` float32."""
-        if self.crop is None:
-            images = self.processor(list(images), do_rescale=False, do_normalize=False)["pixel_values"]
-        else:
-            images = [self.crop(image) for image in images]
-        for step in self.steps:
-            images = [step(image) for image in images]
+        """Augmented images to a normalised batch `(B, C, h, w)` float32."""
+        if self.crop is None and not self.steps:
+            return self.processor(list(images), return_tensors="pt")["pixel_values"]
         sized = self.processor(list(images), do_resize=False, do_center_crop=False, return_tensors="pt")
         return sized["pixel_values"]
+
+
+def _three_augment() -> torch.nn.Module:
+    grey, solarised = v2.Grayscale(num_output_channels=3), v2.RandomSolarize(threshold=128, p=1.0)
+    # A kernel of 6 standard deviations of the widest blur holds nearly all of its weight.
+    return v2.RandomChoice([grey, solarised, v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))])
 
 
 def model_size(processor: ViTRegImageProcessor) -> tuple[int, int]:

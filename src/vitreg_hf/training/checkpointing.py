@@ -1,51 +1,64 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoints at epoch boundaries that continue a training bit by bit.
+"""Checkpoints between two steps that continue a training bit by bit.
 
-Every epoch starts from a seed of its own (`epoch_seed`), so nothing random crosses the boundary between two epochs:
-order, augmentation, mixing, dropout and the seeds of loading processes follow from seed and epoch alone.
+Everything random in a training follows from its seed and from where it is (`seeding.py`), so a checkpoint holds weights,
+optimizer, schedule, whatever else learns (averaged weights, teachers, centres), and numbers that say where it is.
 
-A checkpoint is written under a temporary name and renamed when complete. No pickle is loaded without `weights_only`.
+A checkpoint is written under a temporary name, its files are listed with their checksums, and it is renamed when it is
+complete; before it is loaded, every file is compared with that list. No pickle is loaded without `weights_only`.
+All processes need to see the same folder.
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed import checkpoint as sharded
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.swa_utils import AveragedModel
 
-_PROGRESS_FILE = "progress.json"
-_EMA_FILE = "ema.safetensors"
-_NAME = re.compile(r"epoch-(\d{5})")
+_PROGRESS, _MANIFEST, _WEIGHTS = "progress.json", "manifest.json", "model.safetensors"
+_UNFINISHED, _REPLACED = ".unfinished", ".replaced"
+_NAME = re.compile(r"step-(\d{8})")
 
 
-def epoch_seed(seed: int, epoch: int, process_index: int = 0) -> int:
-    """Seed of one epoch in one process; neighbouring arguments give unrelated numbers (below 2**32)."""
-    return int(np.random.SeedSequence([seed, epoch, process_index]).generate_state(1)[0])
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; those that were there before still are."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training is, besides weights and optimizer.
+    """Where a training is, besides weights and optimizer.
 
     Attributes:
-        epoch: epochs completed.
         step: updates of the weights so far.
+        position: samples taken from the stream of training images so far, by all processes.
         curve: one entry per epoch, as in `results.json`.
+        totals: running sums of the unfinished epoch, a list per process.
+        log: state of the training log.
         settings: what has to be equal for the continuation to be exact; compared on resuming.
     """
 
-    epoch: int
-    step: int
-    curve: list[dict[str, Any]]
-    settings: dict[str, Any]
+    step: int = 0
+    position: int = 0
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    totals: list[list[float]] = field(default_factory=list)
+    log: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+# Writing
 
 
 def save_checkpoint(
@@ -53,17 +66,17 @@ def save_checkpoint(
     folder: Path,
     progress: Progress,
     scheduler: LRScheduler,
-    ema: AveragedModel | None = None,
+    modules: Mapping[str, nn.Module] | None = None,
     keep: int = 2,
 ) -> Path:
-    """Write `folder/epoch-<n>`, then delete all but the newest. To be called by every process.
+    """Write `folder/step-<n>`, then delete all but the newest. To be called by every process, between two steps.
 
     Args:
         accelerator: has prepared model and optimizer.
         folder: holds the checkpoints of one training.
         progress: where the training is.
         scheduler: not prepared by the accelerator.
-        ema: moving average of the weights, if there is one.
+        modules: what else has a state, by name; whole or sharded like the model.
         keep: how many checkpoints stay, this one included.
 
     Returns:
@@ -71,65 +84,154 @@ def save_checkpoint(
 
     Raises:
         ValueError: if `keep` is not positive.
+        CheckpointError: in every process, if one could not write, for want of room or for any other reason.
     """
     if keep < 1:
         raise ValueError(f"Expected to keep at least 1 checkpoint, got {keep}")
-    final, unfinished = folder / f"epoch-{progress.epoch:05d}", folder / ".unfinished"
+    final, unfinished = folder / f"step-{progress.step:08d}", folder / _UNFINISHED
+    record = {**asdict(progress), "scheduler": scheduler.state_dict()}
+    error = None
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
+            unfinished.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        _save_state(accelerator, unfinished)
+        for name, module in (modules or {}).items():
+            _save_module(accelerator, module, unfinished / name)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (unfinished / _PROGRESS).write_text(json.dumps(record, indent=2))
+            _write_manifest(unfinished)
+            _put_in_place(unfinished, final)
+    except (OSError, RuntimeError) as caught:  # a full disk is an OSError to Python and a RuntimeError to PyTorch
+        error = f"{type(caught).__name__}: {caught}"
+    _fail_together(accelerator, error, final)
     if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
-        unfinished.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if ema is not None:
-            save_file(ema.state_dict(), unfinished / _EMA_FILE)
-        record = {**asdict(progress), "scheduler": scheduler.state_dict()}
-        (unfinished / _PROGRESS_FILE).write_text(json.dumps(record, indent=2))
-        shutil.rmtree(final, ignore_errors=True)  # of a training that was continued from an earlier epoch
-        os.replace(unfinished, final)
         for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
     return final
 
 
-def load_checkpoint(
-    accelerator: Accelerator,
-    checkpoint: Path,
-    settings: dict[str, Any],
-    scheduler: LRScheduler,
-    ema: AveragedModel | None = None,
-) -> Progress:
-    """Restore what `save_checkpoint` wrote, and say where the training was. To be called by every process.
+def _save_state(accelerator: Accelerator, folder: Path) -> None:
+    """Model, optimizer and gradient scaler; whole weights under the names that they have in a single process."""
 
-    Raises:
-        ValueError: if the checkpoint is incomplete or was written with other settings, naming them.
-    """
-    record = _read_progress(checkpoint)
-    _check_settings(checkpoint, record["settings"], settings)
-    accelerator.load_state(str(checkpoint))
-    scheduler.load_state_dict(record.pop("scheduler"))
-    if ema is not None:
-        ema.load_state_dict(load_file(checkpoint / _EMA_FILE))
-    return Progress(**record)
+    def without_wrapper(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
+        if weights and accelerator.is_main_process:
+            state = accelerator.unwrap_model(models[0]).state_dict()
+            save_file({name: value.contiguous() for name, value in state.items()}, Path(folder) / _WEIGHTS)
+        weights.clear()
+
+    hook = accelerator.register_save_state_pre_hook(without_wrapper)
+    try:
+        accelerator.save_state(str(folder))
+    finally:
+        hook.remove()
+
+
+def _save_module(accelerator: Accelerator, module: nn.Module, path: Path) -> None:
+    state = module.state_dict()
+    if _is_sharded(state):
+        sharded.save(state, checkpoint_id=path)
+    elif accelerator.is_main_process:
+        save_file({name: value.contiguous() for name, value in state.items()}, path.with_suffix(".safetensors"))
+
+
+def _is_sharded(state: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, DTensor) for value in state.values())
+
+
+def _write_manifest(folder: Path) -> None:
+    """List every file with its size and checksum, when all of them have reached the disk."""
+    files = {str(file.relative_to(folder)): _fingerprint(file, flush=True) for file in _files(folder)}
+    manifest = folder / _MANIFEST
+    manifest.write_text(json.dumps(files, indent=2))
+    _flush(manifest)
+    _flush(folder)
+
+
+def _put_in_place(unfinished: Path, final: Path) -> None:
+    replaced = final.with_name(_REPLACED)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():  # of a training that was continued from an earlier step
+        os.replace(final, replaced)
+    os.replace(unfinished, final)
+    _flush(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _fail_together(accelerator: Accelerator, error: str | None, final: Path) -> None:
+    """Raise in all processes what went wrong in one: those that went on would wait for it forever."""
+    errors = [one for one in gather_object([error]) if one is not None]
+    if not errors:
+        return
+    if accelerator.is_main_process:
+        shutil.rmtree(final.with_name(_UNFINISHED), ignore_errors=True)
+    kept = list_checkpoints(final.parent)
+    there = f"the newest that is complete is {kept[-1]}" if kept else "there is none yet"
+    raise CheckpointError(f"Expected to write the checkpoint {final}, got {errors[0]}; {there}")
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _MANIFEST)
+
+
+def _fingerprint(file: Path, flush: bool = False) -> dict[str, Any]:
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if flush:
+        _flush(file)
+    return {"bytes": file.stat().st_size, "sha256": digest}
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# Finding
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest epoch first."""
-    named = [path for path in folder.glob("epoch-*") if _NAME.fullmatch(path.name)]
-    return sorted(path for path in named if (path / _PROGRESS_FILE).is_file())
+    """Checkpoints that were written to their end, oldest first; whether their files are still good is another thing."""
+    named = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted(path for path in named if (path / _MANIFEST).is_file())
+
+
+def broken_files(checkpoint: Path) -> list[str]:
+    """What is wrong with the files of a checkpoint, a line each: missing, of another size, or with other bytes."""
+    try:
+        listed: dict[str, dict[str, Any]] = json.loads((checkpoint / _MANIFEST).read_text())
+        expected = {name: (facts["bytes"], facts["sha256"]) for name, facts in listed.items()}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        return [f"{_MANIFEST}: {error}"]
+    wrong = []
+    for name, (size, digest) in expected.items():
+        file = checkpoint / name
+        if not file.is_file():
+            wrong.append(f"{name}: missing")
+        elif file.stat().st_size != size:
+            wrong.append(f"{name}: {file.stat().st_size} bytes, not {size}")
+        elif _fingerprint(file)["sha256"] != digest:
+            wrong.append(f"{name}: other bytes than were written")
+    return wrong if _PROGRESS in expected else [*wrong, f"{_PROGRESS}: not listed"]
 
 
 def checkpoint_to_resume(wanted: str | None, folder: Path) -> Path | None:
-    """The checkpoint to continue from.
+    """The checkpoint to continue from, with all its files as they were written.
 
     Args:
-        wanted: path of a checkpoint, `latest` for the newest complete one in `folder`, or None for a new training.
+        wanted: path of a checkpoint; `latest` for the newest good one in `folder`; `auto` for the same, or a new
+            training if there is none; None for a new training.
         folder: where this training keeps its checkpoints.
 
     Raises:
-        ValueError: if the checkpoint does not exist, or if a new training would mix its checkpoints with others.
+        ValueError: if the checkpoint does not exist or is broken, if all of them are, or if a new training would mix
+            its checkpoints with others.
     """
     found = list_checkpoints(folder)
     if wanted is None:
@@ -138,24 +240,134 @@ def checkpoint_to_resume(wanted: str | None, folder: Path) -> Path | None:
                 f"Expected a folder without checkpoints for a new training, got {found[-1]}: resume it (latest)"
             )
         return None
-    if wanted != "latest":
-        _read_progress(Path(wanted))
+    if wanted not in ("latest", "auto"):
+        if wrong := broken_files(Path(wanted)):
+            raise ValueError(f"Expected a complete checkpoint, got {wanted!r} with {'; '.join(wrong)}")
         return Path(wanted)
-    if not found:
-        raise ValueError(f"Expected a complete checkpoint in {folder}, got none")
-    return found[-1]
+    return _newest_good(found, folder, or_none=wanted == "auto")
 
 
-def _read_progress(checkpoint: Path) -> dict[str, Any]:
-    file = checkpoint / _PROGRESS_FILE
-    if not file.is_file():
-        raise ValueError(f"Expected a complete checkpoint with {_PROGRESS_FILE}, got {str(checkpoint)!r}")
-    return json.loads(file.read_text())
+def _newest_good(found: Sequence[Path], folder: Path, or_none: bool) -> Path | None:
+    broken: list[str] = []
+    for checkpoint in reversed(found):
+        wrong = broken_files(checkpoint)
+        if not wrong:
+            for line in broken:
+                print(f"passed over {line}")
+            return checkpoint
+        broken.append(f"{checkpoint} ({'; '.join(wrong)})")
+    if broken:
+        raise ValueError(f"Expected a complete checkpoint in {folder}, got only broken ones: {', '.join(broken)}")
+    if or_none:
+        return None
+    raise ValueError(f"Expected a complete checkpoint in {folder}, got none")
 
 
-def _check_settings(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    now = json.loads(json.dumps(now))  # tuples become the lists that the file holds
+def agreed_checkpoint(accelerator: Accelerator, wanted: str | None, folder: Path) -> Path | None:
+    """`checkpoint_to_resume`, found and checked by the main process for all.
+
+    Raises:
+        ValueError: in every process, as `checkpoint_to_resume`.
+    """
+    answer: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = checkpoint_to_resume(wanted, folder)
+        except ValueError as error:
+            answer[1] = str(error)
+    checkpoint, refusal = broadcast_object_list(answer)
+    if refusal is not None:
+        raise ValueError(refusal)
+    return checkpoint
+
+
+# Loading
+
+
+def load_checkpoint(
+    accelerator: Accelerator,
+    checkpoint: Path,
+    settings: dict[str, Any],
+    scheduler: LRScheduler,
+    modules: Mapping[str, nn.Module] | None = None,
+    accept_changes: bool = False,
+) -> Progress:
+    """Restore what `save_checkpoint` wrote, and say where the training was. To be called by every process.
+
+    Args:
+        accelerator, scheduler, modules: as for `save_checkpoint`.
+        checkpoint: its files have been checked (`checkpoint_to_resume`).
+        settings: those of the training that continues.
+        accept_changes: continue also with other settings, with what this changes printed. A schedule of the new
+            settings then goes on from the step of the checkpoint.
+
+    Raises:
+        ValueError: if the checkpoint was written with other settings, naming them, unless they are accepted.
+    """
+    record = json.loads((checkpoint / _PROGRESS).read_text())
+    changes = changed_settings(record["settings"], settings)
+    if changes and not accept_changes:
+        raise ValueError(f"Expected the settings that {checkpoint} was written with: {', '.join(changes)}")
+    if changes and accelerator.is_main_process:
+        print(f"continued with other settings than before, so not exactly: {', '.join(changes)}")
+    groups = _options_of_groups(scheduler.optimizer)
+    _load_state(accelerator, checkpoint)
+    scheduler_state = record.pop("scheduler")
+    if changes:  # learning rates, decay and schedule are those of the new settings
+        scheduler.last_epoch = scheduler_state["last_epoch"]
+        for group, options, rate in zip(scheduler.optimizer.param_groups, groups, scheduler.get_lr(), strict=True):
+            group.update(options, lr=rate)
+    else:
+        scheduler.load_state_dict(scheduler_state)
+    for name, module in (modules or {}).items():
+        _load_module(module, checkpoint / name)
+    return Progress(**{**record, "settings": settings})
+
+
+def _options_of_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two sets of settings, one text for each."""
+    now = json.loads(json.dumps(now))  # tuples become the lists that a file holds
     differing = [name for name in sorted(saved.keys() | now.keys()) if saved.get(name) != now.get(name)]
-    if differing:
-        listed = ", ".join(f"{name} {saved.get(name)!r} (got {now.get(name)!r})" for name in differing)
-        raise ValueError(f"Expected the settings that {checkpoint} was written with: {listed}")
+    return [f"{name} {saved.get(name)!r} (got {now.get(name)!r})" for name in differing]
+
+
+def _load_state(accelerator: Accelerator, checkpoint: Path) -> None:
+    def into_wrapper(models: list[nn.Module], folder: str) -> None:
+        for model in models:
+            accelerator.unwrap_model(model).load_state_dict(load_file(Path(folder) / _WEIGHTS))
+        models.clear()
+
+    hook = accelerator.register_load_state_pre_hook(into_wrapper)
+    try:
+        accelerator.load_state(str(checkpoint))
+    finally:
+        hook.remove()
+
+
+def _load_module(module: nn.Module, path: Path) -> None:
+    state = module.state_dict()
+    if _is_sharded(state):
+        sharded.load(state, checkpoint_id=path)
+        module.load_state_dict(state)
+    else:
+        module.load_state_dict(load_file(path.with_suffix(".safetensors")))
+
+
+# Running sums of several processes
+
+
+def totals_of_all(own: Tensor) -> list[list[float]]:
+    """Running sums of every process, as `Progress.totals` keeps them. To be called by every process."""
+    return gather_object([own.tolist()])
+
+
+def own_totals(totals: list[list[float]], accelerator: Accelerator) -> Tensor:
+    """Running sums of this process; where the number of processes has changed, the first one has those of all."""
+    if len(totals) == accelerator.num_processes:
+        return torch.tensor(totals[accelerator.process_index], dtype=torch.float64)
+    together = torch.tensor(totals, dtype=torch.float64).sum(dim=0)
+    return together if accelerator.is_main_process else torch.zeros_like(together)

@@ -9,7 +9,7 @@ Shapes: H x W pixels of one image, B images.
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import datasets
 import numpy as np
@@ -20,6 +20,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vitreg_hf.model.image_inputs import read_image
+from vitreg_hf.training.sampling import SampleKey
+from vitreg_hf.training.seeding import seeded
 
 # What is held out or drawn is a property of the data, not of a training: runs with other seeds stay comparable.
 SPLIT_SEED = 0
@@ -31,23 +33,24 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
     Args:
         rows: columns `image` (`datasets.Image(decode=False)`), `label` (`datasets.ClassLabel`) and `row` (its number
             at the source).
+        num_channels: 3 for RGB, 1 for grey; any other number for images that have as many.
     """
 
-    def __init__(self, rows: datasets.Dataset) -> None:
-        self.rows = rows
+    def __init__(self, rows: datasets.Dataset, num_channels: int = 3) -> None:
+        self.rows, self.num_channels = rows, num_channels
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """One image as uint8 `(3, H, W)`, RGB whatever its mode, and its class index.
+        """One image as uint8 `(C, H, W)`, RGB or grey whatever its mode, and its class index.
 
         Raises:
             ValueError: naming the file (or the row, if it has no file) that cannot be decoded.
         """
         row = self.rows[int(index)]
         try:
-            return decode_rgb(row["image"]), row["label"]
+            return decode(row["image"], self.num_channels), row["label"]
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more
             raise ValueError(f"Expected a readable image, got {self.source_of(index)}: {error}") from error
 
@@ -71,7 +74,11 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
         kept = [index for index in range(len(self)) if index not in left_out]
         if not kept:
             raise ValueError(f"Expected at least one readable image, got {len(left_out)} that are not")
-        return LabelledImages(self.rows.select(kept)) if left_out else self
+        return LabelledImages(self.rows.select(kept), self.num_channels) if left_out else self
+
+    def with_channels(self, num_channels: int) -> "LabelledImages":
+        """The same images with other channels."""
+        return LabelledImages(self.rows, num_channels)
 
     def sample(self, count: int) -> "LabelledImages":
         """`count` images drawn once and for all, or all of them if there are no more.
@@ -82,7 +89,7 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
         if count < 1:
             raise ValueError(f"Expected at least 1 image to keep, got {count}")
         order = np.random.default_rng(SPLIT_SEED).permutation(len(self))
-        return LabelledImages(self.rows.select(sorted(order[:count])))
+        return LabelledImages(self.rows.select(sorted(order[:count])), self.num_channels)
 
 
 @dataclass(frozen=True)
@@ -106,12 +113,29 @@ class ImageClassificationData:
 # Decoding
 
 
-def decode_rgb(encoded: dict[str, Any]) -> Tensor:
-    """Decode an image as `datasets` stores it, `{"bytes": ..., "path": ...}`, to uint8 `(3, H, W)`."""
+def decode(encoded: dict[str, Any], num_channels: int = 3) -> Tensor:
+    """Decode an image as `datasets` stores it, `{"bytes": ..., "path": ...}`, to uint8 `(C, H, W)`.
+
+    Raises:
+        ValueError: if channels other than 3 (RGB) and 1 (grey) are asked for and the image has another number of them.
+    """
     source = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
     with PIL.Image.open(source) as image:
         upright = PIL.ImageOps.exif_transpose(image)
-        return read_image(upright, do_convert_rgb=True)
+        if num_channels != 1:
+            pixels = read_image(upright, do_convert_rgb=num_channels == 3)
+        else:
+            pixels = grey(read_image(upright, do_convert_rgb=True))
+    if pixels.shape[0] != num_channels:
+        raise ValueError(f"Expected an image of {num_channels} channels, got one of {pixels.shape[0]}")
+    return pixels
+
+
+def grey(image: Tensor) -> Tensor:
+    """Luma (ITU-R BT.601) of an RGB image, uint8 `(3, H, W)` to `(1, H, W)`, as Pillow's mode L."""
+    weights = torch.tensor([19595, 38470, 7471]).view(3, 1, 1)  # Pillow's: 0.299, 0.587, 0.114 in 16 bits
+    luma = (image.to(torch.int64) * weights).sum(dim=0, keepdim=True)
+    return ((luma + 0x8000) >> 16).to(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -163,16 +187,51 @@ def without_unreadable(
     )
 
 
-# Batches
+# Training samples and batches
+
+
+class Example(NamedTuple):
+    """One image for a batch.
+
+    Attributes:
+        image: uint8 `(C, H, W)`, augmented if it is to be trained on.
+        label: class index.
+        key: which sample of a training it is; None in evaluation.
+    """
+
+    image: Tensor
+    label: int
+    key: SampleKey | None = None
+
+
+class TrainingImages(torch.utils.data.Dataset[Example]):
+    """Images of a split by `SampleKey`, augmented as seed and key say, whoever loads them.
+
+    Args:
+        images: the split.
+        augment: makes of an image, uint8 `(C, H, W)`, a random variant; draws from the global generators.
+        seed: of the training.
+    """
+
+    def __init__(self, images: LabelledImages, augment: Callable[[Tensor], Tensor], seed: int) -> None:
+        self.images, self.augment, self.seed = images, augment, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: SampleKey) -> Example:
+        image, label = self.images[key.index]
+        with seeded(key.seed(self.seed)):
+            return Example(self.augment(image), label, key)
 
 
 @dataclass(frozen=True)
 class Collate:
-    """Makes a batch of decoded images; the transform runs in the loader's workers."""
+    """Makes a batch of images; the transform runs in the loader's workers."""
 
     transform: Callable[[Sequence[Tensor]], Tensor]
 
-    def __call__(self, examples: Sequence[tuple[Tensor, int]]) -> dict[str, Tensor]:
-        """`pixel_values` `(B, 3, H, W)` float32 and `labels` `(B,)` int64."""
-        images, labels = zip(*examples, strict=True)
+    def __call__(self, examples: Sequence[Example] | Sequence[tuple[Tensor, int]]) -> dict[str, Tensor]:
+        """`pixel_values` `(B, C, H, W)` float32 and `labels` `(B,)` int64."""
+        images, labels = zip(*(example[:2] for example in examples), strict=True)
         return {"pixel_values": self.transform(images), "labels": torch.tensor(labels)}

@@ -1,22 +1,61 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
-"""Whether the processes of a launch train one model together.
+"""Whether a launch does what it was asked to do, and the accelerator of one that does.
 
-Launched by torchrun on a machine without GPUs, every process believes that it is alone and trains a model of its own,
-without a word; the checks here turn that into an error.
+Several launches do something else without a word: started by torchrun on a machine without GPUs, every process
+believes that it is alone and trains a model of its own; `accelerate launch --cpu --num_processes 2` starts one process;
+FSDP asked for without GPUs becomes data parallel training. The checks here turn that into errors.
 """
 
 import os
+from pathlib import Path
 
+import yaml
 from accelerate import Accelerator, DistributedType
+from accelerate.commands.config.config_args import default_config_file
+from accelerate.utils import GradientAccumulationPlugin, str_to_bool
 
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+def create_accelerator(
+    mixed_precision: str | None,
+    gradient_accumulation_steps: int,
+    per_device_train_batch_size: int,
+    log_with: list[str] | None = None,
+    project_dir: Path | None = None,
+) -> Accelerator:
+    """The accelerator of this launch, whose processes train one model.
+
+    Args:
+        mixed_precision: `no`, `fp16`, `bf16`, or None for what Accelerate is set up for.
+        gradient_accumulation_steps: batches per update of the weights.
+        per_device_train_batch_size: images per batch and process, which DeepSpeed wants to be told.
+        log_with: trackers by Accelerate's names.
+        project_dir: where they write.
+
+    Raises:
+        ValueError: as `check_launch`.
+    """
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
+        # Loaders are not prepared, so the end of one must not end a window of accumulation.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        log_with=log_with,
+        project_dir=project_dir,
+    )
+    check_launch(accelerator)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        plugin = accelerator.state.deepspeed_plugin
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = per_device_train_batch_size
+    return accelerator
 
 
 def check_launch(accelerator: Accelerator) -> None:
-    """Refuse a launch that the examples cannot train with.
+    """Refuse a launch that would silently do something else than it was asked to.
 
     Raises:
-        ValueError: if processes do not know of one another, or each would hold only a part of the model.
+        ValueError: if processes do not know of one another, fewer were started than asked for, or a model that was to
+            be sharded would not be.
     """
     launched, together = int(os.environ.get("WORLD_SIZE", "1")), accelerator.num_processes
     if launched != together:
@@ -24,5 +63,43 @@ def check_launch(accelerator: Accelerator) -> None:
             f"Expected {launched} processes that train one model (WORLD_SIZE={launched}), got {together}: each would "
             "train a model of its own. Without GPUs, set ACCELERATE_USE_CPU=1"
         )
-    if accelerator.distributed_type in _SHARDED or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        raise ValueError("Expected whole models in every process (data parallel), got a launch that shards them")
+    asked = _processes_asked_for()
+    if together == 1 and asked > 1:
+        raise ValueError(
+            f"Expected {asked} processes, as accelerate launch was asked for, got 1: it starts several processes on "
+            "CPUs only with ACCELERATE_USE_CPU=1 and --multi_gpu in place of --cpu (examples/README.md)"
+        )
+    sharded = str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false"))
+    if sharded and accelerator.distributed_type != DistributedType.FSDP:
+        raise ValueError(
+            f"Expected a model sharded by FSDP, got {accelerator.distributed_type.value}: Accelerate shards on GPUs "
+            "alone, and trains whole models elsewhere"
+        )
+
+
+def _processes_asked_for() -> int:
+    """What the `accelerate launch` that started this process was told, on Linux; 1 if that cannot be known."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().split("\0")
+    except (OSError, UnicodeDecodeError):
+        return 1
+    names = [Path(word).name for word in words]
+    if "launch" not in words or not {"accelerate", "accelerate-launch", "accelerate.commands.launch"} & {*names}:
+        return 1
+    given = _value_of(words, "--num_processes") or _value_of(words, "--num-processes")
+    if given is not None:
+        return int(given) if given.isdecimal() else 1
+    file = Path(_value_of(words, "--config_file") or default_config_file)
+    try:
+        return int((yaml.safe_load(file.read_text()) or {}).get("num_processes", 1))
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):
+        return 1
+
+
+def _value_of(words: list[str], option: str) -> str | None:
+    for place, word in enumerate(words):
+        if word == option and place + 1 < len(words):
+            return words[place + 1]
+        if word.startswith(f"{option}="):
+            return word.partition("=")[2]
+    return None

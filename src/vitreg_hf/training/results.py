@@ -15,20 +15,24 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from vitreg_hf.training.checkpointing import Progress
+from vitreg_hf.training.classification_settings import MODEL_SETTINGS, ImageClassificationSettings
 from vitreg_hf.training.labelled_images import ImageClassificationData
-from vitreg_hf.training.settings import MODEL_SETTINGS, ImageClassificationSettings
 from vitreg_hf.version import __version__
 
 _PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "datasets", "evaluate", "numpy")
 
 
 def describe_training(
-    settings: ImageClassificationSettings, accelerator: Accelerator, model: PreTrainedModel, progress: Progress
+    settings: ImageClassificationSettings,
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    curve: Sequence[dict[str, Any]],
+    epochs: int,
 ) -> dict[str, Any]:
     """Sections `model`, `hyperparameters`, `evaluation`, `curve`, `versions`, `hardware` and `seconds` of the results.
 
-    `seconds.train` counts the epochs with their evaluations; starting and writing files is for the caller to add.
+    `seconds.train` counts the steps of all epochs, of an interrupted training too; starting, evaluating and writing
+    files is for the caller to add.
     """
     averaged = settings.ema_decay is not None
     images_per_update = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
@@ -43,14 +47,14 @@ def describe_training(
             "total_train_batch_size": images_per_update * accelerator.num_processes,
         },
         "evaluation": {
-            "epoch": progress.epoch,
+            "epoch": len(curve),
             "weights": "moving average of the weights" if averaged else "weights of the last epoch",
-            "stopped_early": progress.epoch < settings.num_train_epochs,
+            "stopped_early": len(curve) < epochs,
         },
-        "curve": progress.curve,
+        "curve": list(curve),
         "versions": versions(),
         "hardware": hardware(accelerator),
-        "seconds": {"train": sum(entry["seconds"] for entry in progress.curve)},
+        "seconds": {"train": sum(entry["seconds"] for entry in curve)},
     }
 
 

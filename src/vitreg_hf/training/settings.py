@@ -1,184 +1,130 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
-"""Settings of an image-classification training: names, defaults, help texts and the checks that precede all work.
+"""Settings that all trainings share: names, defaults, help texts and the checks that precede all work.
 
-Names are those of Transformers' examples. An example reads them off its command line with `HfArgumentParser`.
+Names are those of Transformers' examples. An example reads them off its command line with `HfArgumentParser`. Settings
+of a kind of training extend these in a file of their own.
 """
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from vitreg_hf.model.configuration_vitreg import ViTRegConfig
-
-MODEL_SETTINGS = (
-    *("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_register_tokens"),
-    *("initializer_range", "pooling", "drop_path_rate", "layerscale_value"),
-)
-
-DATA_SETTINGS = (
-    *("dataset_name", "dataset_config_name", "train_dir", "validation_dir", "train_file", "validation_file"),
-    *("image_column_name", "label_column_name", "max_train_samples", "on_corrupt_image", "dataloader_num_workers"),
+FILE_SETTINGS = (
+    *("recipe", "output_dir", "save_steps", "save_every_epochs", "save_total_limit", "resume_from_checkpoint"),
+    *("resume_with_changes", "logging_steps", "report_to", "loss_spike_factor"),
 )
 HUB_SETTINGS = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_license")
-FILE_SETTINGS = ("output_dir", "save_every_epochs", "save_total_limit", "resume_from_checkpoint", *HUB_SETTINGS)
 
-_SWITCH = {"nargs": "?", "const": True}  # a bare --horizontal_flip means true
+SWITCH = {"nargs": "?", "const": True}  # a bare --horizontal_flip means true
 
 
-def _option(default: Any, help: str, **metadata: Any) -> Any:
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A field of settings with its help text."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
+def listed(default: list[Any], help: str) -> Any:
+    """The same for a list."""
+    return field(default_factory=lambda: list(default), metadata={"help": help})
+
+
+def expect(condition: bool, expected: str, got: Any) -> None:
+    """Raise ValueError unless a condition holds."""
+    if not condition:
+        raise ValueError(f"Expected {expected}, got {got}")
+
+
 @dataclass
-class ImageClassificationSettings:
-    """The defaults are the digits demo; a setting that makes no sense raises `ValueError` when the object is made."""
+class TrainingSettings:
+    """How weights are updated, what is logged, and where files go, whatever is trained."""
 
-    # Data
-    dataset_name: str | None = _option(None, "dataset on the Hub, or a folder in its format; left out: digits")
-    dataset_config_name: str | None = _option(None, "configuration of that dataset, if it has several")
-    train_dir: str | None = _option(None, "folder with one subfolder of images per class")
-    validation_dir: str | None = _option(None, "the same to validate on; left out: 10 %% of the training images")
-    train_file: str | None = _option(None, "parquet file with images and labels")
-    validation_file: str | None = _option(None, "the same to validate on; left out: 10 %% of the training images")
-    image_column_name: str = _option("image", "column of images")
-    label_column_name: str = _option("label", "column of class indices or names")
-    max_train_samples: int | None = _option(None, "train on that many images only")
-    on_corrupt_image: Literal["raise", "skip"] = _option("raise", "refuse or leave out files that cannot be decoded")
-    dataloader_num_workers: int = _option(0, "processes that load images, per training process")
-
-    # Model
-    image_size: int = _option(32, "height and width in pixels")
-    patch_size: int = _option(8, "height and width of a patch in pixels")
-    hidden_size: int = _option(64, "width of the model")
-    num_hidden_layers: int = _option(4, "number of blocks")
-    num_attention_heads: int = _option(4, "attention heads per block")
-    num_register_tokens: int = _option(4, "learned registers; 0 is a plain Vision Transformer")
-    initializer_range: float = _option(0.1, "std of initial weights; widths of several hundred want 0.02")
-    pooling: str = _option("cls", "what the classifier reads: cls, mean, cls_mean or cls_register_mean")
-    drop_path_rate: float = _option(0.0, "stochastic depth rate of the last block")
-    layerscale_value: float = _option(1.0, "initial value of LayerScale; 0: no LayerScale")
+    recipe: str | None = option(None, "start from the settings of a recipe, see training/recipes.py")
 
     # Optimisation
-    num_train_epochs: int = _option(18, "passes over the training images")
-    per_device_train_batch_size: int = _option(16, "images per batch and process")
-    per_device_eval_batch_size: int = _option(64, "images per evaluation batch and process")
-    gradient_accumulation_steps: int = _option(1, "batches per update of the weights")
-    learning_rate: float = _option(2e-3, "highest learning rate; not scaled by batch size or processes")
-    weight_decay: float = _option(0.05, "weight decay of AdamW, but for tokens, positions, biases and norms")
-    warmup_ratio: float = _option(0.1, "share of the updates in which the learning rate rises")
-    max_grad_norm: float = _option(1.0, "gradients are clipped to this norm; 0: not clipped")
-    ema_decay: float | None = _option(None, "evaluate and save a moving average of the weights with this decay")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(None, "left out: what accelerate is set up for")
-    seed: int = _option(0, "seed of weights, order and augmentation; held-out images do not depend on it")
-    early_stopping_patience: int | None = _option(None, "stop after that many epochs without a better accuracy")
+    num_train_epochs: int = option(18, "passes over the training images")
+    max_steps: int | None = option(None, "stop after that many updates instead")
+    steps_per_epoch: int | None = option(None, "updates that count as an epoch; left out: one pass over the images")
+    per_device_train_batch_size: int = option(16, "images per batch and process")
+    per_device_eval_batch_size: int = option(64, "images per evaluation batch and process")
+    gradient_accumulation_steps: int = option(1, "batches per update of the weights")
+    auto_find_batch_size: bool = option(False, "smaller batches, more of them per update, until they fit into memory")
+    optimizer: Literal["adamw", "lamb"] = option("adamw", "optimizer; lamb is that of timm")
+    learning_rate: float = option(2e-3, "highest learning rate; not scaled by batch size or processes")
+    min_learning_rate: float = option(0.0, "learning rate at the end")
+    warmup_ratio: float = option(0.1, "share of the updates in which the learning rate rises")
+    warmup_steps: int | None = option(None, "number of these updates instead")
+    warmup_learning_rate: float = option(0.0, "learning rate at the start")
+    weight_decay: float = option(0.05, "weight decay, but for biases, norms and LayerScale")
+    decay_tokens: bool = option(False, "weight decay also for CLS, registers and positions, as DINOv2 has it")
+    adam_beta1: float = option(0.9, "decay of the first moment")
+    adam_beta2: float = option(0.999, "decay of the second moment")
+    layer_decay: float = option(1.0, "learning rate of a layer as a share of that of the layer above it")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: not clipped")
+    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass: slower, less memory")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "left out: what accelerate is set up for")
+    seed: int = option(0, "seed of weights, order and augmentation; held-out images do not depend on it")
+    dataloader_num_workers: int = option(0, "processes that load images, per training process")
 
-    # Augmentation
-    random_resized_crop: bool | None = _option(None, "crop and resize at random; left out: all but digits", **_SWITCH)
-    random_resized_crop_scale: list[float] = field(
-        default_factory=lambda: [0.08, 1.0], metadata={"help": "area of such crops, as shares of the image"}
-    )
-    horizontal_flip: bool | None = _option(None, "mirror half of the images; left out: all but digits", **_SWITCH)
-    rand_augment: bool = _option(False, "RandAugment")
-    mixup_alpha: float = _option(0.0, "MixUp with this parameter; 0: none")
-    cutmix_alpha: float = _option(0.0, "CutMix with this parameter; 0: none; with both, each batch has one of them")
-    label_smoothing_factor: float = _option(0.1, "share of the target that is spread over all classes")
+    # Logging
+    logging_steps: int = option(10, "updates between two records of loss, speed, memory, gradients and registers")
+    report_to: list[str] = listed(["none"], "trackers: tensorboard, trackio, wandb, all (that are installed) or none")
+    loss_spike_factor: float = option(10.0, "stop when the loss is that many times its median; 0: only if not finite")
 
     # Files
-    output_dir: str | None = _option(None, "folder for all that is written; left out: outputs/<name of the data>")
-    save_every_epochs: int = _option(0, "write a checkpoint into output_dir/checkpoints that often; 0: none")
-    save_total_limit: int = _option(2, "checkpoints kept")
-    resume_from_checkpoint: str | None = _option(None, "path of a checkpoint, or latest: the newest of output_dir")
+    output_dir: str | None = option(None, "folder for all that is written; left out: outputs/<name of the data>")
+    save_steps: int = option(0, "write a checkpoint into output_dir/checkpoints after that many updates; 0: do not")
+    save_every_epochs: int = option(0, "the same after epochs")
+    save_total_limit: int = option(2, "checkpoints kept")
+    resume_from_checkpoint: str | None = option(
+        None, "path of a checkpoint; latest: the newest good one of output_dir; auto: that, or a new training"
+    )
+    resume_with_changes: bool = option(False, "resume with other settings or processes, which is then not exact")
 
-    # Publishing; the token is that of `hf auth login` or of HF_TOKEN, never an option that results would quote
-    push_to_hub: bool = _option(False, "publish to the Hub at the end; access is checked before the training")
-    hub_model_id: str | None = _option(None, "repository; left out: vitreg-<name of the data> under your own name")
-    hub_private_repo: bool = _option(False, "make the repository a private one")
-    hub_revision: str | None = _option(None, "branch to publish to, made if there is none; left out: main")
-    hub_license: str | None = _option(None, "licence of the weights as the Hub spells it, for the card")
+    def check_training(self) -> None:
+        """Refuse settings that make no sense.
 
-    def __post_init__(self) -> None:
-        self._check_sources()
-        self._check_ranges()
-        self._check_hub()
-        own_images = self._sources() != []
-        if not own_images and self.hub_license is None:
-            self.hub_license = "apache-2.0"  # weights that a demo of ours makes; those of other data are not ours
-        self.output_dir = self.output_dir or f"outputs/{self.source_name()}"
-        self.random_resized_crop = own_images if self.random_resized_crop is None else self.random_resized_crop
-        self.horizontal_flip = own_images if self.horizontal_flip is None else self.horizontal_flip
+        Raises:
+            ValueError: naming the setting, what was expected and what came.
+        """
+        self.expect_at_least(1, "num_train_epochs", "max_steps", "steps_per_epoch", "per_device_train_batch_size")
+        self.expect_at_least(1, "per_device_eval_batch_size", "gradient_accumulation_steps", "save_total_limit")
+        self.expect_at_least(1, "logging_steps")
+        self.expect_at_least(0, "weight_decay", "max_grad_norm", "save_steps", "save_every_epochs", "seed")
+        self.expect_at_least(0, "dataloader_num_workers", "warmup_steps", "warmup_learning_rate", "min_learning_rate")
+        self.expect_share("warmup_ratio", "adam_beta1", "adam_beta2")
+        expect(self.learning_rate > 0, "learning_rate above 0", self.learning_rate)
+        expect(0 < self.layer_decay <= 1, "layer_decay in (0, 1]", self.layer_decay)
+        factor = self.loss_spike_factor
+        expect(factor == 0 or factor > 1, "loss_spike_factor of 0 or above 1", factor)
+        for name in ("warmup_learning_rate", "min_learning_rate"):
+            value, highest = getattr(self, name), self.learning_rate
+            expect(value <= highest, f"{name} of learning_rate ({highest}) or less", value)
 
-    @property
-    def crop_scale(self) -> tuple[float, float] | None:
-        """Range of the area of random resized crops, or None if there are none."""
-        low, high = self.random_resized_crop_scale
-        return (low, high) if self.random_resized_crop else None
+    def expect_at_least(self, least: int, *names: str) -> None:
+        """Raise ValueError for a setting below `least`; None is no number."""
+        for name in names:
+            value = getattr(self, name)
+            expect(value is None or value >= least, f"{name} of {least} or more", value)
+
+    def expect_share(self, *names: str) -> None:
+        """Raise ValueError for a setting outside [0, 1)."""
+        for name in names:
+            expect(0 <= getattr(self, name) < 1, f"{name} in [0, 1)", getattr(self, name))
 
     @property
     def output_folder(self) -> Path:
         """Where everything is written."""
         return Path(cast(str, self.output_dir))
 
-    def source_name(self) -> str:
-        """Name of the data: the last part of the id or path that is not just `train`; `digits` by default."""
-        path = Path(self.train_file or self.dataset_name or self.train_dir or "digits").resolve()
-        name = path.stem if self.train_file is not None else path.name
-        return path.parent.name if name in ("train", "training") else name
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where the checkpoints of this training are."""
+        return self.output_folder / "checkpoints"
 
-    def hyperparameters(self) -> dict[str, Any]:
-        """How the model is optimised and the images are augmented, without the shape of the model, data and files."""
-        elsewhere = {*MODEL_SETTINGS, *DATA_SETTINGS, *FILE_SETTINGS}
-        chosen = {name: value for name, value in asdict(self).items() if name not in elsewhere}
-        return chosen | {"random_resized_crop_scale": self.crop_scale}
+    def fixed(self, **more: Any) -> dict[str, Any]:
+        """What a resumed training must have in common with its checkpoint to continue it exactly.
 
-    def model_config(self) -> ViTRegConfig:
-        """The shape of the model.
-
-        Raises:
-            ValueError: if sizes do not fit together.
+        Where files lie, how often they are written and what is shown of a training do not change what it computes.
         """
-        shape = {name: getattr(self, name) for name in MODEL_SETTINGS}
-        return ViTRegConfig(**{**shape, "layerscale_value": self.layerscale_value or None})
-
-    def _sources(self) -> list[str]:
-        named = {"dataset_name": self.dataset_name, "train_dir": self.train_dir, "train_file": self.train_file}
-        return [name for name, value in named.items() if value is not None]
-
-    def _check_sources(self) -> None:
-        _expect(len(self._sources()) <= 1, "one source of images", " and ".join(self._sources()))
-        for wanted, given in (
-            ("train_dir", "validation_dir"),
-            ("train_file", "validation_file"),
-            ("dataset_name", "dataset_config_name"),
-        ):
-            alone = getattr(self, given) is not None and getattr(self, wanted) is None
-            _expect(not alone, f"{wanted} with {given}", f"{given} alone")
-
-    def _check_hub(self) -> None:
-        for name in ("hub_model_id", "hub_private_repo", "hub_revision"):
-            alone = bool(getattr(self, name)) and not self.push_to_hub
-            _expect(not alone, f"push_to_hub with {name}", f"{name} alone")
-
-    def _check_ranges(self) -> None:
-        for name in (
-            *("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size"),
-            *("gradient_accumulation_steps", "save_total_limit", "early_stopping_patience", "max_train_samples"),
-        ):
-            value = getattr(self, name)
-            _expect(value is None or value >= 1, f"{name} of 1 or more", value)
-        for name in (
-            *("weight_decay", "max_grad_norm", "mixup_alpha", "cutmix_alpha"),
-            *("save_every_epochs", "dataloader_num_workers", "seed"),
-        ):
-            _expect(getattr(self, name) >= 0, f"{name} of 0 or more", getattr(self, name))
-        for name in ("warmup_ratio", "label_smoothing_factor"):
-            _expect(0 <= getattr(self, name) < 1, f"{name} in [0, 1)", getattr(self, name))
-        _expect(self.learning_rate > 0, "learning_rate above 0", self.learning_rate)
-        _expect(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay in (0, 1)", self.ema_decay)
-        scale = self.random_resized_crop_scale
-        valid = len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1
-        _expect(valid, "random_resized_crop_scale with 0 < low <= high <= 1", scale)
-
-
-def _expect(condition: bool, expected: str, got: Any) -> None:
-    if not condition:
-        raise ValueError(f"Expected {expected}, got {got}")
+        free = {*FILE_SETTINGS, *HUB_SETTINGS, "early_stopping_patience", "auto_find_batch_size"}
+        return {name: value for name, value in asdict(self).items() if name not in free} | more

@@ -1,0 +1,101 @@
+# Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
+"""When a training writes a checkpoint, and how it stops when it is asked to."""
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from vitreg_hf.training.checkpointing import Progress, save_checkpoint
+
+# Neither success (0) nor failure (1, 2) nor death by a signal (128 and more): schedulers that restart jobs use this
+# number for "checkpointed, start me again".
+STOPPED_EXIT_CODE = 85
+
+
+class StopRequest:
+    """Whether SIGTERM has asked this training to stop: by a scheduler that wants the machine back, or by a person.
+
+    As a context manager it listens, and puts back what listened before.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator, self.received = accelerator, False
+        self._before: Any = None
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def agreed(self) -> bool:
+        """Whether any process was asked; to be called by all of them at the same step."""
+        if self.accelerator.num_processes == 1:
+            return self.received
+        asked = torch.tensor(float(self.received), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(asked, reduction="sum").item())
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+
+class Saver:
+    """Writes checkpoints when they are due, and one more when the training is asked to stop.
+
+    Args:
+        accelerator: has prepared model and optimizer.
+        folder: of the checkpoints of this training.
+        scheduler: of the learning rate.
+        modules: what else has a state, by name.
+        stop: listens for SIGTERM.
+        save_steps: write a checkpoint after that many steps, and so on; 0: none.
+        keep: how many checkpoints stay.
+        agree_steps: of several processes, ask one another that often whether one was asked to stop.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        scheduler: LRScheduler,
+        modules: Mapping[str, nn.Module],
+        stop: StopRequest,
+        save_steps: int = 0,
+        keep: int = 2,
+        agree_steps: int = 10,
+    ) -> None:
+        self.accelerator, self.folder, self.scheduler, self.modules = accelerator, folder, scheduler, modules
+        self.stop, self.save_steps, self.keep = stop, save_steps, keep
+        self.agree_steps = agree_steps if accelerator.num_processes > 1 else 1
+
+    def after_step(self, step: int, progress: Callable[[], Progress]) -> None:
+        """To be called by every process after every step, with what tells where the training is."""
+        if step % self.agree_steps == 0 and self.stop.agreed():
+            self.leave(progress())
+        if self.save_steps and step % self.save_steps == 0:
+            self.save(progress())
+
+    def save(self, progress: Progress) -> Path:
+        """Write a checkpoint now."""
+        return save_checkpoint(self.accelerator, self.folder, progress, self.scheduler, self.modules, self.keep)
+
+    def leave(self, progress: Progress) -> None:
+        """Write a checkpoint and leave the program with `STOPPED_EXIT_CODE`."""
+        checkpoint = self.save(progress)
+        if self.accelerator.is_main_process:
+            print(f"stopped   after step {progress.step}, as asked; --resume_from_checkpoint latest continues")
+            print(f"saved     {checkpoint}")
+        self.accelerator.end_training()
+        sys.exit(STOPPED_EXIT_CODE)
