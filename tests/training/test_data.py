@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from vitreg_hf.training.classification_settings import ImageClassificationSettings
 from vitreg_hf.training.data import load_digits, load_folders, load_hub, load_images, load_parquet
-from vitreg_hf.training.settings import ImageClassificationSettings
 
 from .conftest import image_of_mode
 

@@ -12,7 +12,7 @@ import torch
 
 from vitreg_hf import ViTRegImageProcessor
 from vitreg_hf.training.data import load_folders, load_parquet
-from vitreg_hf.training.labelled_images import Collate, decode_rgb, find_unreadable, without_unreadable
+from vitreg_hf.training.labelled_images import Collate, decode, find_unreadable, without_unreadable
 
 from .conftest import MODES, image_of_mode
 
@@ -21,13 +21,13 @@ from .conftest import MODES, image_of_mode
 def test_training_sees_the_pixels_that_inference_sees(tmp_path: Path, mode: str) -> None:
     file = str(tmp_path / f"image.{'tif' if mode == 'CMYK' else 'png'}")
     image_of_mode(mode).save(file)
-    pixels = decode_rgb({"bytes": None, "path": file})
+    pixels = decode({"bytes": None, "path": file})
     assert pixels.dtype == torch.uint8
     assert pixels.shape == (3, 20, 30)
     as_is = {"do_resize": False, "do_center_crop": False, "do_rescale": False, "do_normalize": False}
     seen = ViTRegImageProcessor()(file, **as_is, return_tensors="pt")["pixel_values"][0]
     assert torch.equal(pixels, seen)
-    assert torch.equal(pixels, decode_rgb({"bytes": Path(file).read_bytes(), "path": None}))
+    assert torch.equal(pixels, decode({"bytes": Path(file).read_bytes(), "path": None}))
 
 
 def test_rotated_photos_are_turned_upright(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_rotated_photos_are_turned_upright(tmp_path: Path) -> None:
     exif = PIL.Image.Exif()
     exif[0x0112] = 6  # orientation: turn by 90 degrees
     image.save(file, exif=exif)
-    assert decode_rgb({"bytes": None, "path": str(file)}).shape == (3, 30, 20)
+    assert decode({"bytes": None, "path": str(file)}).shape == (3, 30, 20)
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from vitreg_hf import ViTRegForImageClassification
+from vitreg_hf.training.classification_settings import ImageClassificationSettings
 from vitreg_hf.training.optim import create_ema, create_optimizer, create_schedule, optimizer_steps, parameter_groups
-from vitreg_hf.training.settings import ImageClassificationSettings
 
 
 @pytest.fixture
