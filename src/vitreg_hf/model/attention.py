@@ -4,7 +4,7 @@
 Shapes: B images, N tokens, D channels of the residual stream, h heads of d channels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_vitreg import ViTRegConfig
 from .recording import RecordedModule
-from .token_layout import TokenLayout
+from .token_layout import TokenLayout, packed, unpacked
 
 
 def attention_probabilities(query: Tensor, key: Tensor, scaling: float, token_mask: Tensor | None = None) -> Tensor:
@@ -82,42 +82,56 @@ class ViTRegAttention(RecordedModule):
         token_mask: Tensor | None = None,
         output_attentions: bool = False,
         output_prefix_attentions: bool = False,
+        group_sizes: Sequence[tuple[int, int]] = (),
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Attend.
 
         Args:
-            hidden_states: `(B, N, D)`.
+            hidden_states: `(B, N, D)`, or `(sum of B_i * N_i, D)` for groups of images, which attend apart.
             attention_mask: padding in the form of the backend, or None.
             token_mask: the same padding as `(B, N)`, for the probabilities.
             output_attentions: return the probabilities of all tokens.
             output_prefix_attentions: return those of CLS and registers.
+            group_sizes: `(B_i, N_i)` of each group; with several, there are neither masks nor probabilities.
 
         Returns:
-            Output `(B, N, D)`, probabilities `(B, h, N, N)` or None, those of the prefix `(B, h, prefix, N)` or None.
+            Output of the shape of `hidden_states`, probabilities `(B, h, N, N)` or None, those of the prefix
+            `(B, h, prefix, N)` or None.
         """
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)  # -1: a tensor-parallel rank holds some of the heads
-        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        projected = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if len(group_sizes) > 1:
+            groups = zip(*(map(self._by_head, unpacked(part, group_sizes)) for part in projected), strict=True)
+            outputs = [self._attend(query, key, value, None, **kwargs)[0] for query, key, value in groups]
+            return self.o_proj(packed([output.flatten(2) for output in outputs])), None, None
 
-        backend = self.config._attn_implementation
-        self._check_backend(backend, query)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
-        attended, weights = attend(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
+        query, key, value = (self._by_head(part) for part in projected)
+        attended, weights = self._attend(query, key, value, attention_mask, **kwargs)
         output = self.o_proj(attended.reshape(*hidden_states.shape[:-1], -1))
 
         probabilities = prefix = None
         if output_attentions:
-            own = backend == "eager"
+            own = self.config._attn_implementation == "eager"
             probabilities = weights if own else attention_probabilities(query, key, self.scaling, token_mask)
         if output_prefix_attentions:
             asking = self.layout.prefix_queries(query)
             prefix = attention_probabilities(asking, key, self.scaling, token_mask)
         return output, probabilities, prefix
+
+    def _by_head(self, tokens: Tensor) -> Tensor:
+        """View of `(B, N, h * d)` as `(B, h, N, d)`."""
+        # -1: a tensor-parallel rank holds some of the heads
+        return tokens.view(*tokens.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output `(B, N, h, d)` of the backend, and the probabilities if it has them."""
+        backend = self.config._attn_implementation
+        self._check_backend(backend, query)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        return attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
 
     def _check_backend(self, backend: str | None, query: Tensor) -> None:
         if backend == "flex_attention" and query.device.type == "cpu" and query.requires_grad:

@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 
 POOLINGS = ("cls", "mean", "cls_mean", "cls_register_mean")
 DROP_PATH_SCHEDULES = ("linear", "uniform")
+DROP_PATH_KINDS = ("mask", "subset")
 INTERPOLATION_MODES = ("bicubic", "bilinear")
 
 # Far above every published model (the largest, ViT-22B, has 48 layers, a width of 6144 and 22 billion parameters), and
@@ -198,7 +199,8 @@ def count_parameters(config: Any) -> int:
 def _check_ranges(config: Any) -> None:
     check_counts(config)
     check_labels(config)
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
+    probabilities = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_dropout_rate")
+    for name in probabilities:
         _expect(0 <= getattr(config, name) < 1, name, "a probability in [0, 1)", getattr(config, name))
     for name in ("initializer_range", "token_initializer_range", "layer_norm_eps"):
         positive = 0 < getattr(config, name) <= sys.float_info.max
@@ -214,6 +216,7 @@ def _check_choices(config: Any) -> None:
     choices = {
         "pooling": POOLINGS,
         "drop_path_schedule": DROP_PATH_SCHEDULES,
+        "drop_path_kind": DROP_PATH_KINDS,
         "position_interpolation_mode": INTERPOLATION_MODES,
     }
     for name, allowed in choices.items():

@@ -19,7 +19,7 @@ class Embedded(NamedTuple):
     """What the embeddings hand to the first block."""
 
     tokens: Tensor  # (B, N, D)
-    grid: tuple[int, int]  # rows, columns of patches
+    grid: tuple[int, int] | None  # rows, columns of patches; None where some were left out
     patch_mask: Tensor | None  # (B, P), True for patches with real pixels
 
 
@@ -73,8 +73,23 @@ class ViTRegEmbeddings(nn.Module):
         cls_token: Tensor | None = self.cls_token
         if cls_token is not None and cls_position is not None:
             cls_token = cls_token + cls_position
-        tokens = self.layout.join(cls_token, self.register_tokens, patches + positions)
-        return Embedded(self.dropout(tokens), grid, patch_mask)
+        patches = patches + positions
+        left_out = self.leaves_out_patches()
+        if left_out:
+            patches, patch_mask = self._thinned(patches, patch_mask)
+        tokens = self.layout.join(cls_token, self.register_tokens, patches)
+        return Embedded(self.dropout(tokens), None if left_out else grid, patch_mask)
+
+    def leaves_out_patches(self) -> bool:
+        """Whether this pass is training with patch dropout, after which patches are no grid."""
+        return self.training and self.config.patch_dropout_rate > 0
+
+    def _thinned(self, patches: Tensor, patch_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Patch dropout: some patches of each image, and their mask."""
+        count = max(int(patches.shape[1] * (1.0 - self.config.patch_dropout_rate)), 1)
+        chosen = self.layout.random_patches(patches, count, patch_mask)
+        mask = None if patch_mask is None else self.layout.chosen_patches(patch_mask, chosen)
+        return self.layout.chosen_patches(patches, chosen), mask
 
     def _positions(self, grid: tuple[int, int], patch_mask: Tensor | None) -> tuple[Tensor | None, Tensor]:
         own_grid, num_cls = self.interpolation.table_grid, self.config.num_cls_tokens
@@ -88,6 +103,9 @@ class ViTRegEmbeddings(nn.Module):
     def _masked(self, patches: Tensor, bool_masked_pos: Tensor) -> Tensor:
         if self.mask_token is None:
             raise ValueError("Expected use_mask_token=True in the config for bool_masked_pos, got False")
+        if self.leaves_out_patches():
+            rate = self.config.patch_dropout_rate
+            raise ValueError(f"Expected patch_dropout_rate=0 to train with bool_masked_pos, got {rate}")
         if bool_masked_pos.shape != patches.shape[:2]:
             expected = tuple(patches.shape[:2])
             raise ValueError(f"Expected bool_masked_pos of shape {expected}, got {tuple(bool_masked_pos.shape)}")

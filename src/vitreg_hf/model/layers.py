@@ -4,6 +4,7 @@
 Shapes: B images, N tokens, D channels of the residual stream.
 """
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .attention import ViTRegAttention
 from .configuration_vitreg import ViTRegConfig
 from .recording import RecordedModule
+from .token_layout import packed, unpacked
+
+GroupSizes = list[tuple[int, int]]  # images and tokens of each
+# Of the tokens of all groups, their sizes, and the samples that a single group was reduced to.
+Branch = Callable[[Tensor, GroupSizes, Tensor | None], Tensor]
 
 # MLP
 
@@ -62,21 +68,40 @@ class ViTRegLayerScale(nn.Module):
 
 
 class ViTRegDropPath(nn.Module):
-    """Stochastic depth (Huang et al., arXiv 1603.09382): drop a branch for whole samples, scale up the others."""
+    """Stochastic depth (Huang et al., arXiv 1603.09382): drop a branch for whole samples, scale up the others.
 
-    def __init__(self, rate: float) -> None:
+    Args:
+        rate: share of the samples to drop, in [0, 1).
+        kind: `"mask"` computes the branch of every sample and drops each by itself, so that their number varies.
+            `"subset"` (Oquab et al., arXiv 2304.07193, section 5) computes it for `max(int(B * (1 - rate)), 1)` random
+            samples alone. Both are the identity plus the branch in expectation.
+    """
+
+    def __init__(self, rate: float, kind: str = "mask") -> None:
         super().__init__()
         self.rate = rate
+        self.kind = kind
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, branch: Tensor) -> Tensor:
+        """Drop samples of a branch that was computed for all, `(B, ...)`, and scale up the others."""
         if not self.training or self.rate == 0.0:
-            return hidden_states
+            return branch
         keep = 1.0 - self.rate
-        shape = (hidden_states.shape[0],) + (1,) * (hidden_states.ndim - 1)
-        return hidden_states * hidden_states.new_empty(shape).bernoulli_(keep).div_(keep)
+        shape = (branch.shape[0],) + (1,) * (branch.ndim - 1)
+        return branch * branch.new_empty(shape).bernoulli_(keep).div_(keep)
+
+    def takes_subsets(self) -> bool:
+        """Whether samples are chosen before the branch is computed."""
+        return self.training and self.rate > 0.0 and self.kind == "subset"
+
+    def subset(self, hidden_states: Tensor) -> Tensor | None:
+        """Indices of the samples of `(B, ...)` that go through the branch; None for all, as for a batch of one."""
+        batch_size = hidden_states.shape[0]
+        keep = max(int(batch_size * (1.0 - self.rate)), 1)
+        return None if keep >= batch_size else torch.randperm(batch_size, device=hidden_states.device)[:keep]
 
     def extra_repr(self) -> str:
-        return f"rate={self.rate}"
+        return f"rate={self.rate}, kind={self.kind!r}"
 
 
 class ViTRegLayer(RecordedModule, GradientCheckpointingLayer):
@@ -92,11 +117,60 @@ class ViTRegLayer(RecordedModule, GradientCheckpointingLayer):
         self.layer_scale1 = ViTRegLayerScale(config) if scaled else nn.Identity()
         self.layer_scale2 = ViTRegLayerScale(config) if scaled else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.drop_path = ViTRegDropPath(drop_path_rate)
+        self.drop_path = ViTRegDropPath(drop_path_rate, config.drop_path_kind)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
-        """One block, `(B, N, D)` to `(B, N, D)`; `kwargs` are those of `ViTRegAttention.forward`."""
-        attended, *_ = self.attention(self.norm1(hidden_states), attention_mask, **kwargs)
-        hidden_states = hidden_states + self.drop_path(self.layer_scale1(self.dropout(attended)))
-        transformed = self.mlp(self.norm2(hidden_states))
-        return hidden_states + self.drop_path(self.layer_scale2(self.dropout(transformed)))
+    def forward(
+        self, hidden_states: Tensor | tuple[Tensor, ...], attention_mask: Any = None, **kwargs: Any
+    ) -> Tensor | tuple[Tensor, ...]:
+        """One block.
+
+        Args:
+            hidden_states: `(B, N, D)`, or a tuple of groups `(B_i, N_i, D)`, which attend apart and share all the
+                rest; several groups have no mask, and no attention is recorded.
+            attention_mask: padding in the form of the backend, or None.
+            kwargs: those of `ViTRegAttention.forward`.
+
+        Returns:
+            What came, transformed.
+        """
+        groups = hidden_states if isinstance(hidden_states, tuple) else (hidden_states,)
+        subsets = self.drop_path.takes_subsets() and _can_choose(attention_mask, kwargs)
+
+        def attend(tokens: Tensor, sizes: GroupSizes, chosen: Tensor | None) -> Tensor:
+            mask, token_mask = _chosen(attention_mask, chosen), _chosen(kwargs.get("token_mask"), chosen)
+            arguments = {**kwargs, "token_mask": token_mask, "group_sizes": sizes}
+            attended, *_ = self.attention(self.norm1(tokens), mask, **arguments)
+            return self.layer_scale1(self.dropout(attended))
+
+        def transform(tokens: Tensor, sizes: GroupSizes, chosen: Tensor | None) -> Tensor:
+            return self.layer_scale2(self.dropout(self.mlp(self.norm2(tokens))))
+
+        for branch in (attend, transform):
+            groups = self._residual(groups, branch, subsets)
+        return groups if isinstance(hidden_states, tuple) else groups[0]
+
+    def _residual(self, groups: tuple[Tensor, ...], branch: Branch, subsets: bool) -> tuple[Tensor, ...]:
+        """Add a branch to every group; it runs once, on the tokens of all groups."""
+        chosen = [self.drop_path.subset(group) if subsets else None for group in groups]
+        taken = [_chosen(group, indices) for group, indices in zip(groups, chosen, strict=True)]
+        sizes = [(group.shape[0], group.shape[1]) for group in taken]
+        branches = unpacked(branch(packed(taken), sizes, chosen[0]), sizes)
+        added = zip(groups, branches, chosen, strict=True)
+        return tuple(self._added(group, own, indices, subsets) for group, own, indices in added)
+
+    def _added(self, group: Tensor, branch: Tensor, chosen: Tensor | None, subsets: bool) -> Tensor:
+        if chosen is None:
+            return group + (branch if subsets else self.drop_path(branch))
+        factor = group.shape[0] / branch.shape[0]  # not 1 / (1 - rate): the number of samples was rounded
+        return group.index_add(0, chosen, branch.to(group.dtype), alpha=factor)
+
+
+def _can_choose(attention_mask: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a part of the batch can attend alone: with a mask by samples, and with no attention to be recorded."""
+    recorded = kwargs.get("output_attentions") or kwargs.get("output_prefix_attentions")
+    return not recorded and (attention_mask is None or isinstance(attention_mask, Tensor))
+
+
+def _chosen(samples: Any, chosen: Tensor | None) -> Any:
+    """The chosen samples of `(B, ...)`; a mask of one sample holds for all."""
+    return samples if samples is None or chosen is None or samples.shape[0] == 1 else samples.index_select(0, chosen)

@@ -42,7 +42,7 @@ from .outputs import (
     passed_on,
 )
 from .recording import RecordingMixin
-from .token_layout import TokenLayout
+from .token_layout import TokenLayout, packed, unpacked
 
 LayerSelection = bool | int | Sequence[int]
 
@@ -171,10 +171,32 @@ class ViTRegPreTrainedModel(PreTrainedModel):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that an optimizer should not decay: tokens, positions, biases, norms and LayerScale."""
-        tokens = {
-            id(p) for m in self.modules() if isinstance(m, ViTRegEmbeddings) for p in m.parameters(recurse=False)
-        }
-        return {name for name, p in self.named_parameters() if p.ndim < 2 or id(p) in tokens}
+        tokens = self.token_parameters()
+        return {name for name, p in self.named_parameters() if p.ndim < 2 or name in tokens}
+
+    def token_parameters(self) -> set[str]:
+        """Names of the parameters that are tokens or positions: CLS, registers, mask token, position table."""
+        base = cast(ViTRegModel, self.base_model)
+        tokens = {id(p) for p in base.embeddings.parameters(recurse=False)}
+        return {name for name, p in self.named_parameters() if id(p) in tokens}
+
+    def parameter_layers(self) -> dict[str, int]:
+        """Depth of every parameter, by name, for learning rates that decay with it.
+
+        Returns:
+            0 for the embeddings (patch projection, tokens and positions), i + 1 for block i, and one more than the
+            blocks for the final norm and for every module of a head.
+        """
+        base = cast(ViTRegModel, self.base_model)
+        parts = [base.embeddings, *base.layers]
+        depths = {id(p): depth for depth, part in enumerate(parts) for p in part.parameters()}
+        return {name: depths.get(id(p), len(parts)) for name, p in self.named_parameters()}
+
+    def _check_map(self, reader: str) -> None:
+        """Refuse to train what reads a map of patches while patch dropout leaves holes in it."""
+        if cast(ViTRegModel, self.base_model).embeddings.leaves_out_patches():
+            rate = self.config.patch_dropout_rate
+            raise ValueError(f"Expected patch_dropout_rate=0 to train {reader}, which reads every patch, got {rate}")
 
 
 class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
@@ -236,17 +258,59 @@ class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
         )
         tokens = self.layernorm(encoded.last_hidden_state)
         return ViTRegModelOutput(
-            last_hidden_state=tokens,
             pooler_output=self._pooled(tokens, patch_mask),
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
-            cls_token=self.layout.cls_token(tokens),
-            register_tokens=self.layout.register_tokens(tokens),
-            patch_tokens=self.layout.patch_tokens(tokens),
-            patch_map=self.layout.patch_map(tokens, embedded.grid),
             prefix_attentions=self._aligned(encoded.get("prefix_attentions"), prefix_layers),
             patch_mask=patch_mask,
+            **self._by_name(tokens, embedded.grid),
         )
+
+    def forward_packed(
+        self, images: Sequence[Tensor], bool_masked_pos: Sequence[Tensor | None] | None = None
+    ) -> tuple[ViTRegModelOutput, ...]:
+        """Run the backbone on crops of several resolutions at once, as self-supervision needs it.
+
+        Norms, projections and MLPs run once on the tokens of all groups; attention runs per group, without padding or
+        masks. Equal to `forward` of each group by itself. Hidden states and attention are not recorded here, whatever
+        the config says. Gradient checkpointing must not be reentrant, which is the default of Transformers.
+
+        Under DDP and FSDP only `forward` of the wrapped module is prepared: call this from the `forward` of a module
+        around the model, and wrap that.
+
+        Args:
+            images: groups `(B_i, C, H_i, W_i)`, each with images of one size.
+            bool_masked_pos: for each group `(B_i, P_i)`, True where a patch is replaced by the mask token, or None.
+
+        Returns:
+            One `ViTRegModelOutput` per group.
+
+        Raises:
+            ValueError: if there is no group, masks are not one per group, or an input does not fit the config.
+        """
+        masks = [None] * len(images) if bool_masked_pos is None else bool_masked_pos
+        if len(images) == 0 or len(masks) != len(images):
+            raise ValueError(f"Expected groups of images and a mask or None for each, got {len(images)}, {len(masks)}")
+        embedded = [self.embeddings(group, bool_masked_pos=mask) for group, mask in zip(images, masks, strict=True)]
+        groups = tuple(group.tokens for group in embedded)
+        for layer in self.layers:
+            groups = layer(groups)
+        sizes = [(group.shape[0], group.shape[1]) for group in groups]
+        normed = unpacked(self.layernorm(packed(groups)), sizes)
+        return tuple(
+            ViTRegModelOutput(pooler_output=self._pooled(tokens, None), **self._by_name(tokens, own.grid))
+            for tokens, own in zip(normed, embedded, strict=True)
+        )
+
+    def _by_name(self, tokens: Tensor, grid: tuple[int, int] | None) -> dict[str, Any]:
+        """The fields of the output that are views of the tokens `(B, N, D)` of the last layer."""
+        return {
+            "last_hidden_state": tokens,
+            "cls_token": self.layout.cls_token(tokens),
+            "register_tokens": self.layout.register_tokens(tokens),
+            "patch_tokens": self.layout.patch_tokens(tokens),
+            "patch_map": None if grid is None else self.layout.patch_map(tokens, grid),
+        }
 
     @capture_outputs(tie_last_hidden_states=False)
     def _run_layers(
@@ -345,11 +409,15 @@ class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
             raise ValueError(f"Expected n to be 1 to {count} or layers of 0 to {count - 1}, got {n}")
         if return_class_token and not self.layout.num_cls:
             raise ValueError("Expected a model with a CLS token for return_class_token=True, got one without")
+        if reshape:
+            self._check_map("on maps of intermediate layers")
         outputs = self(pixel_values, output_hidden_states=True, return_dict=True)
         states = [outputs.hidden_states[layer + 1] for layer in wanted]
         states = [self.layernorm(state) for state in states] if norm else states
-        grid = tuple(outputs.patch_map.shape[-2:])
-        patches = [self.layout.patch_map(s, grid) if reshape else self.layout.patch_tokens(s) for s in states]
+        if reshape:
+            patches = [self.layout.patch_map(s, tuple(outputs.patch_map.shape[-2:])) for s in states]
+        else:
+            patches = [self.layout.patch_tokens(s) for s in states]
         if not return_class_token:
             return tuple(patches)
         return tuple((patch, cast(Tensor, self.layout.cls_token(s))) for patch, s in zip(patches, states, strict=True))
@@ -437,6 +505,7 @@ class ViTRegForMaskedImageModeling(ViTRegPreTrainedModel):
             `ViTRegMaskedImageModelingOutput` with `reconstruction` `(B, C, H, W)` and the mean absolute error of
             masked values as `loss`.
         """
+        self._check_map("masked image modeling")
         outputs = self.vitreg(pixel_values, bool_masked_pos, pixel_mask, return_dict=True, **kwargs)
         images, layout = cast(Tensor, pixel_values), self.vitreg.layout
         height, width = images.shape[-2:]  # without what pad_to_patch_size added
@@ -482,6 +551,7 @@ class ViTRegForSemanticSegmentation(ViTRegPreTrainedModel):
             them. With `pad_to_patch_size` they have that of the image, `(B, labels, H, W)`: only here is it known what
             was padded.
         """
+        self._check_map("semantic segmentation")
         outputs = self.vitreg(pixel_values, pixel_mask=pixel_mask, return_dict=True, **kwargs)
         logits = self.decode_head(self._normed(outputs))
         if self.config.pad_to_patch_size:
@@ -538,6 +608,8 @@ class ViTRegBackbone(BackboneMixin, ViTRegModel):
             `ViTRegBackboneOutput` with one `feature_maps` entry per stage: `(B, D, rows, columns)`, or all tokens
             `(B, N, D)` with `reshape_hidden_states=False`; after the final norm with `apply_layernorm=True`.
         """
+        if self.config.reshape_hidden_states:
+            self._check_map("with maps of a backbone")
         outputs = ViTRegModel.forward(self, pixel_values, pixel_mask=pixel_mask, return_dict=True, **kwargs)
         states = [state for stage, state in zip(self.stage_names, outputs.hidden_states) if stage in self.out_features]
         states = [self.layernorm(state) for state in states] if self.config.apply_layernorm else states

@@ -25,8 +25,8 @@ class ViTRegTokens:
     Attributes:
         cls_token: `(B, D)`; None without CLS.
         register_tokens: `(B, R, D)`; None without registers.
-        patch_tokens: `(B, P, D)`, row-major.
-        patch_map: `(B, D, rows, columns)`.
+        patch_tokens: `(B, P, D)`, row-major; those that patch dropout kept.
+        patch_map: `(B, D, rows, columns)`; None where patch dropout left patches out.
         prefix_attentions: one entry per layer, `(B, h, prefix tokens, N)`, or None for a layer that was not asked for:
             softmax probabilities before dropout of what CLS and registers attend to.
         patch_mask: `(B, P)`, True for patches that hold real pixels; None when nothing was padded.

@@ -5,6 +5,7 @@ This is the only place that slices a token sequence or reshapes it to an image g
 B images, N tokens, P patches (rows x columns, row-major), D channels, C image channels, H x W pixels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +85,17 @@ class TokenLayout:
         cls, register, patches = attention.split(sizes, dim=-1)
         return cls, register, patches
 
+    def random_patches(self, patches: Tensor, count: int, patch_mask: Tensor | None) -> Tensor:
+        """Draw patches of each image, `(B, count)` indices of `(B, P, D)` in grid order, padded ones only at last."""
+        rank = torch.rand(patches.shape[:2], device=patches.device)
+        if patch_mask is not None:
+            rank = rank + (~patch_mask).to(rank.dtype)
+        return rank.argsort(dim=1)[:, :count].sort(dim=1).values
+
+    def chosen_patches(self, patches: Tensor, chosen: Tensor) -> Tensor:
+        """Patches `(B, count, ...)` of `(B, P, ...)`, by their indices `(B, count)` in each image."""
+        return patches.take_along_dim(chosen.view(*chosen.shape, *(1,) * (patches.ndim - 2)), dim=1)
+
     # Grid
 
     def missing_pixels(self, height: int, width: int) -> tuple[int, int]:
@@ -123,3 +135,16 @@ class TokenLayout:
         """Rows and columns of real patches in each padded image, `(B, 2)`, from a mask `(B, P)`."""
         on_grid = patch_mask.unflatten(1, grid)
         return torch.stack([on_grid.any(dim=2).sum(dim=1), on_grid.any(dim=1).sum(dim=1)], dim=1)
+
+
+def packed(groups: Sequence[Tensor]) -> Tensor:
+    """All tokens of groups `(B_i, N_i, D)` behind one another, `(sum of B_i * N_i, D)`; one group stays as it is."""
+    return groups[0] if len(groups) == 1 else torch.cat([group.flatten(0, 1) for group in groups])
+
+
+def unpacked(tokens: Tensor, sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+    """Undo `packed`: groups `(B_i, N_i, D)` from all tokens, given `(B_i, N_i)` of each; D may have changed."""
+    if len(sizes) == 1:
+        return (tokens,)
+    parts = tokens.split([images * count for images, count in sizes])
+    return tuple(part.unflatten(0, size) for part, size in zip(parts, sizes, strict=True))
