@@ -197,7 +197,7 @@ def _flush(path: Path) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints that were written to their end, oldest first; whether their files are still good is another thing."""
+    """Checkpoints that were written to their end, oldest first; whether their files are still good, others say."""
     named = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
     return sorted(path for path in named if (path / _MANIFEST).is_file())
 

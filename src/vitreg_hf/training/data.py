@@ -14,8 +14,8 @@ import datasets
 import numpy as np
 import PIL.Image
 
-from vitreg_hf.training.labelled_images import SPLIT_SEED, ImageClassificationData, LabelledImages
 from vitreg_hf.training.classification_settings import ImageClassificationSettings
+from vitreg_hf.training.labelled_images import SPLIT_SEED, ImageClassificationData, LabelledImages
 
 VALIDATION_FRACTION = 0.1
 DIGITS_TEST_FRACTION = 0.2

@@ -2,7 +2,7 @@
 """Whether a launch does what it was asked to do, and the accelerator of one that does.
 
 Several launches do something else without a word: started by torchrun on a machine without GPUs, every process
-believes that it is alone and trains a model of its own; `accelerate launch --cpu --num_processes 2` starts one process;
+believes that it is alone and trains a model of its own; `accelerate launch --cpu --num_processes 2` starts one;
 FSDP asked for without GPUs becomes data parallel training. The checks here turn that into errors.
 """
 

@@ -26,7 +26,7 @@ class SampleKey(NamedTuple):
         repeat: which copy in this pass, where augmentation is repeated; else 0.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls on a key
     epoch: int
     repeat: int = 0
 
