@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from typing import Any, Literal, NamedTuple, TypeVar
 
+import fsspec
 import numpy as np
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
