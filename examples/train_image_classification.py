@@ -151,8 +151,9 @@ def train(run: Training, batches: Iterator[dict[str, Tensor]]) -> dict[str, Any]
             if should_stop(run.curve, settings.early_stopping_patience):
                 break
             train_epoch(run, batches, epoch, bar)
+            trained = time.perf_counter()
             metrics = evaluate(run)
-            run.curve = [*run.curve, describe_epoch(run, metrics)]
+            run.curve = [*run.curve, describe_epoch(run, metrics, time.perf_counter() - trained)]
             run.totals = torch.zeros_like(run.totals)
             if settings.save_every_epochs and (epoch + 1) % settings.save_every_epochs == 0:
                 run.saver.save(run.progress())
@@ -219,7 +220,7 @@ def evaluate(run: Training) -> dict[str, float | int]:
     return metrics | top5.compute() if logits.shape[-1] > 5 else metrics
 
 
-def describe_epoch(run: Training, metrics: dict[str, Any]) -> dict[str, Any]:
+def describe_epoch(run: Training, metrics: dict[str, Any], seconds_of_evaluation: float) -> dict[str, Any]:
     """The entry of an epoch in the curve; to be called by every process."""
     loss, right, count, seconds = run.accelerator.reduce(run.totals, reduction="sum").tolist()
     return {
@@ -230,7 +231,7 @@ def describe_epoch(run: Training, metrics: dict[str, Any]) -> dict[str, Any]:
         "eval_loss": metrics["loss"],
         "eval_accuracy": metrics["accuracy"],
         "images_per_second": count * run.accelerator.num_processes / seconds,
-        "seconds": seconds / run.accelerator.num_processes,
+        "seconds": seconds / run.accelerator.num_processes + seconds_of_evaluation,
     }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 METRIC_NAMES = {"accuracy": "Accuracy", "top5_accuracy": "Top-5 accuracy"}
 PICTURES = {
     "training_curve.png": ("Training curve", "Loss and accuracy after each epoch."),
+    "augmentations.png": ("Training samples", "Training images, and what the model was shown of them."),
     "attention.png": (
         "Attention maps",
         "What the tokens named above each column attend to in the last layer; one image per row.",
@@ -120,7 +121,7 @@ def introduction(facts: Mapping[str, Any], pictures: Sequence[str]) -> str:
     registers = "without register tokens" if count == 0 else f"with {count} register token{'s' if count > 1 else ''}"
     text = (
         f"# {model['name']}\n\nA Vision Transformer {registers} ({model['parameters']:,} parameters) that sorts\n"
-        f"images into {len(data['classes'])} classes. Trained from random weights on `{data['source']}`;\n"
+        f"images into {len(data['classes'])} classes. {_origin(facts)} on `{data['source']}`;\n"
         f"{_percent(facts['metrics']['accuracy'])} of {facts['metrics']['n']} held-out images are classified right."
     )
     shown = [f"![{PICTURES[name][0]}]({name})\n*{PICTURES[name][1]}*" for name in PICTURES if name in pictures]
@@ -185,11 +186,24 @@ def _procedure(facts: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     return (
         f"```bash\n{facts['command']}\n```\n\n"
-        "Cross-entropy; AdamW without weight decay on tokens, positions, biases and norms; linear warm-up, then\n"
+        f"{_optimisation(settings)}; linear warm-up, then\n"
         f"cosine decay. Training with its evaluations took {seconds['train']:.0f} s ({seconds['total']:.0f} s with\n"
         f"start and end) in {processes} on {hardware['device']} ({hardware['processor']}), mixed precision:\n"
         f"{hardware['mixed_precision']}.\n\n{_table('setting', 'value', rows)}\n\nVersions: {versions}."
     )
+
+
+def _origin(facts: Mapping[str, Any]) -> str:
+    source = facts["hyperparameters"].get("init_from")
+    return "Trained from random weights" if source is None else f"Fine-tuned from `{source}`"
+
+
+def _optimisation(settings: Mapping[str, Any]) -> str:
+    """Loss, optimizer and what it decays; what older results do not say was so when they were written."""
+    loss = "Binary cross-entropy of every class" if settings.get("loss") == "bce" else "Cross-entropy"
+    optimizer = "LAMB" if settings.get("optimizer") == "lamb" else "AdamW"
+    exempt = "biases and norms" if settings.get("decay_tokens") else "tokens, positions, biases and norms"
+    return f"{loss}; {optimizer} without weight decay on {exempt}"
 
 
 def _evaluation(facts: Mapping[str, Any]) -> str:

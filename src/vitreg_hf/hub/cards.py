@@ -241,6 +241,7 @@ def _metadata(facts: Mapping[str, Any]) -> ModelCardData:
         datasets=[data["hub_id"]] if data["hub_id"] else None,
         metrics=["accuracy"],
         model_name=model["name"],
+        base_model=model.get("base_model"),
         eval_results=results,
     )
 

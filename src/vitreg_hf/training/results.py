@@ -31,7 +31,7 @@ def describe_training(
 ) -> dict[str, Any]:
     """Sections `model`, `hyperparameters`, `evaluation`, `curve`, `versions`, `hardware` and `seconds` of the results.
 
-    `seconds.train` counts the steps of all epochs, of an interrupted training too; starting, evaluating and writing
+    `seconds.train` counts the epochs with their evaluations, of an interrupted training too; starting and writing
     files is for the caller to add.
     """
     averaged = settings.ema_decay is not None
