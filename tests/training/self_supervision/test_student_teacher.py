@@ -174,16 +174,39 @@ def test_what_is_saved_is_a_plain_backbone(student, crops, tmp_path):
     torch.testing.assert_close(loaded(crops[0], return_dict=True).last_hidden_state, expected)
 
 
-def test_tokens_biases_norms_and_prototypes_do_not_decay(config):
-    student = DinoNetwork(config, 7, 8, 5, "separate")
+def grouped_names(student, **options):
+    """Names of parameters with the settings of their group."""
     names = {id(p): name for name, p in student.named_parameters()}
-    decayed, others, prototypes = (
-        {names[id(p)] for p in group["params"]} for group in parameter_groups(student, weight_decay=0.04)
-    )
-    assert len(decayed) + len(others) + len(prototypes) == len(names)
+    groups = parameter_groups(student, weight_decay=0.04, **options)
+    found = {names[id(p)]: group for group in groups for p in group["params"]}
+    assert len(found) == len(names) == sum(len(group["params"]) for group in groups)
+    return found
+
+
+def test_tokens_biases_norms_and_prototypes_do_not_decay(config):
+    found = grouped_names(DinoNetwork(config, 7, 8, 5, "separate"))
+    prototypes = {name for name, group in found.items() if group["last_layer"]}
     assert prototypes == {"head.last_layer.weight", "patch_head.last_layer.weight"}
-    assert {"backbone.embeddings.register_tokens", "backbone.embeddings.cls_token", "head.mlp.0.bias"} <= others
-    assert {"backbone.layers.0.mlp.up_proj.weight", "head.mlp.0.weight"} <= decayed
+    for name in ("register_tokens", "cls_token", "mask_token", "position_embeddings"):
+        assert not found[f"backbone.embeddings.{name}"]["decays"]
+    for name in ("head.mlp.0.bias", "backbone.layernorm.weight", *prototypes):
+        assert found[name]["weight_decay"] == 0
+    for name in ("backbone.layers.0.mlp.up_proj.weight", "head.mlp.0.weight"):
+        assert found[name]["weight_decay"] == 0.04
+
+
+def test_learning_rates_fall_with_depth_and_heads_have_the_full_one(config):
+    found = grouped_names(DinoNetwork(config, 7, 8, 5), layer_decay=0.5, patch_embedding_factor=0.2)
+    factors = {
+        "head.mlp.0.weight": 1.0,
+        "head.last_layer.weight": 1.0,
+        "backbone.layernorm.weight": 1.0,
+        "backbone.layers.1.norm1.weight": 0.5,
+        "backbone.layers.0.attention.q_proj.weight": 0.25,
+        "backbone.embeddings.register_tokens": 0.125,
+        "backbone.embeddings.patch_embeddings.projection.weight": 0.025,
+    }
+    assert {name: found[name]["lr_factor"] for name in factors} == pytest.approx(factors)
 
 
 def test_a_model_without_cls_is_refused(config):

@@ -8,7 +8,7 @@ Shapes: B crops, P patches on a grid of rows x columns, M masked patches of all 
 """
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,7 @@ _SMALLEST_BLOCK = 4  # patches
 _LARGEST_ASPECT = 1 / 0.3  # of the sides of a block; the smallest is its inverse
 
 
-@dataclass(frozen=True)
-class PatchMasks:
+class PatchMasks(NamedTuple):
     """Masked patches of a batch of crops.
 
     Attributes:
@@ -40,7 +39,7 @@ class PatchMasks:
 
     def to(self, device: torch.device) -> "PatchMasks":
         """The same on another device."""
-        return PatchMasks(*(t.to(device, non_blocking=True) for t in (self.masked, self.indices, self.weights)))
+        return PatchMasks(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 def draw_masks(

@@ -6,8 +6,7 @@ global crops together, D channels, K prototypes.
 """
 
 import copy
-from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,7 @@ from vitreg_hf.training.self_supervision.multi_crop import NUM_GLOBAL_CROPS
 from vitreg_hf.training.self_supervision.patch_masks import PatchMasks
 
 
-@dataclass(frozen=True)
-class NetworkOutput:
+class NetworkOutput(NamedTuple):
     """What losses read; registers are not among it.
 
     Attributes:
@@ -121,23 +119,41 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
         mine.copy_(theirs)
 
 
-def parameter_groups(student: DinoNetwork, weight_decay: float) -> list[dict[str, object]]:
-    """Three groups for an optimizer: what decays, what does not (as the backbone says; biases), and the prototypes.
+def parameter_groups(
+    student: DinoNetwork, weight_decay: float, layer_decay: float = 1.0, patch_embedding_factor: float = 1.0
+) -> list[dict[str, object]]:
+    """Parameters with one learning rate and decay each: what schedules of the two are told apart by.
 
-    Prototypes stand alone so that they can rest in the first steps (`last_layer`); their length has no effect, so they
-    do not decay.
+    Args:
+        student: its backbone says how deep a parameter lies and what does not decay; biases do not, either. Nor do
+            prototypes, whose length has no effect.
+        weight_decay: of the others.
+        layer_decay: learning rate of a layer as a share of that of the layer above it; heads have the full one.
+        patch_embedding_factor: multiplies the learning rate of the projection of patches once more.
+
+    Returns:
+        Groups for an optimizer with `params`, `weight_decay`, `lr_factor`, `decays` and `last_layer`: prototypes, that
+        may rest in the first steps.
     """
-    exempt = {f"backbone.{name}" for name in student.backbone.no_weight_decay()}
-    decayed, others, prototypes = [], [], []
+    backbone = student.backbone
+    layers = {f"backbone.{name}": layer for name, layer in backbone.parameter_layers().items()}
+    exempt = {f"backbone.{name}" for name in backbone.no_weight_decay()}
+    top = max(layers.values())
+    grouped: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
-        if ".last_layer." in name or name.startswith("last_layer."):
-            prototypes.append(parameter)
-        elif name in exempt or parameter.ndim < 2:
-            others.append(parameter)
-        else:
-            decayed.append(parameter)
+        last_layer = name.endswith("last_layer.weight")
+        factor = layer_decay ** (top - layers.get(name, top))
+        if name.startswith("backbone.embeddings.patch_embeddings."):
+            factor *= patch_embedding_factor
+        decays = parameter.ndim > 1 and name not in exempt and not last_layer
+        grouped.setdefault((factor, decays, last_layer), []).append(parameter)
     return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-        {"params": prototypes, "weight_decay": 0.0, "last_layer": True},
+        {
+            "params": parameters,
+            "weight_decay": weight_decay if decays else 0.0,
+            "lr_factor": factor,
+            "decays": decays,
+            "last_layer": last_layer,
+        }
+        for (factor, decays, last_layer), parameters in grouped.items()
     ]
