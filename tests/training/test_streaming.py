@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from vitreg_hf.training.corrupt_images import SkipLimit
 from vitreg_hf.training.shards import EncodedRow
 from vitreg_hf.training.streaming import Decoder, Part, StreamedEvaluation, StreamedImages, shuffled
 
@@ -50,7 +51,9 @@ def noisy(image: torch.Tensor) -> torch.Tensor:
 
 
 def collate(examples: list[Any]) -> dict[str, Any]:
-    return {"pixel_values": torch.stack([e.image for e in examples]), "labels": [e.label for e in examples]}
+    skipped = [name for example in examples for name in example.skipped]
+    images = torch.stack([example.image for example in examples])
+    return {"pixel_values": images, "labels": [example.label for example in examples], "skipped": skipped}
 
 
 def stream(shards: Any, start: int = 0, batch_size: int = 3, **settings: Any) -> StreamedImages:
@@ -174,7 +177,7 @@ def test_unreadable_images_are_refused_by_name() -> None:
 
 def test_left_out_images_are_replaced_and_named_and_a_stream_continues_all_the_same() -> None:
     shards = Numbers(20, 10, broken=(4, 22))
-    decoder = Decoder(on_corrupt_image="skip")
+    decoder = Decoder(skip_limit=SkipLimit())
     whole = batches(stream(shards, decoder=decoder, buffer_size=3), 30)
     assert all(len(batch["labels"]) == 3 for batch in whole)
     named = Counter(name for batch in whole for name in batch["skipped"])
@@ -188,24 +191,24 @@ def test_left_out_images_are_replaced_and_named_and_a_stream_continues_all_the_s
 
 @pytest.mark.parametrize("broken", [(0, 1, 3), (4, 5, 6), (6,), ()])
 def test_evaluation_leaves_out_what_it_cannot_read_and_says_so(broken: tuple[int, ...]) -> None:
-    data = StreamedEvaluation(Numbers(7, broken=broken), 2, collate, decoder=Decoder(on_corrupt_image="skip"))
+    data = StreamedEvaluation(Numbers(7, broken=broken), 2, collate, decoder=Decoder(skip_limit=SkipLimit()))
     for _ in range(2):
         found = list(data)
         assert [name for batch in found for name in batch["skipped"]] == [f"shard 0: row {row}" for row in broken]
         values = torch.cat([batch["pixel_values"][:, 0, 0, 0] for batch in found]).tolist()
         assert values == sorted(set(range(7)) - set(broken))
     with pytest.raises(ValueError, match="a readable image to evaluate on, got none: shard 0: row 0, shard 0: row 1"):
-        list(StreamedEvaluation(Numbers(2, broken=(0, 1)), 2, collate, decoder=Decoder(on_corrupt_image="skip")))
+        list(StreamedEvaluation(Numbers(2, broken=(0, 1)), 2, collate, decoder=Decoder(skip_limit=SkipLimit())))
 
 
 def test_too_many_unreadable_images_are_refused() -> None:
     every_fifth = Numbers(200, broken=tuple(range(0, 200, 5)))
-    decoder = Decoder(on_corrupt_image="skip", most_skipped=0.1)
+    decoder = Decoder(skip_limit=SkipLimit(0.1))
     with pytest.raises(ValueError, match=r"at most 10.0% unreadable images, got 11 among the first 5\d, the last"):
         batches(stream(every_fifth, decoder=decoder, buffer_size=0), 60)
-    decoder = Decoder(on_corrupt_image="skip", most_skipped=0.3)
+    decoder = Decoder(skip_limit=SkipLimit(0.3))
     assert len(batches(stream(every_fifth, decoder=decoder, buffer_size=0), 60)) == 60
-    with pytest.raises(ValueError, match="a readable image in every batch, got one without: shard 0: row"):
+    with pytest.raises(ValueError, match="a readable image in every batch, got one of 3 without"):
         batches(stream(Numbers(3, broken=(0, 1, 2)), decoder=decoder), 1)
 
 
@@ -233,8 +236,8 @@ def test_images_that_lie_elsewhere_are_fetched() -> None:
     memory = fsspec.filesystem("memory")
     memory.pipe("/far/a.png", png(PIL.Image.new("RGB", (3, 2))))
     near, far = ({"bytes": None, "path": f"memory://far/{name}.png"} for name in ("a", "b"))
-    (image,), _ = Decoder().decode([EncodedRow(near, 0, "near")])
+    image = Decoder().decode(EncodedRow(near, 0, "near"))
     assert image is not None
     assert image.shape == (3, 2, 3)
     with pytest.raises(ValueError, match="Expected a readable image, got far"):
-        Decoder().decode([EncodedRow(far, 0, "far")])
+        Decoder().decode(EncodedRow(far, 0, "far"))

@@ -20,6 +20,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vitreg_hf.model.image_inputs import read_image
+from vitreg_hf.model.processor_checks import check_file_size
+from vitreg_hf.training.corrupt_images import SkipLimit
 from vitreg_hf.training.sampling import SampleKey
 from vitreg_hf.training.seeding import seeded
 
@@ -121,6 +123,7 @@ def decode(encoded: dict[str, Any], num_channels: int = 3) -> Tensor:
     """
     source = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
     with PIL.Image.open(source) as image:
+        check_file_size(image)  # before anything decodes it
         upright = PIL.ImageOps.exif_transpose(image)
         if num_channels != 1:
             pixels = read_image(upright, do_convert_rgb=num_channels == 3)
@@ -151,14 +154,24 @@ class Unreadable:
         return f"{self.split}: {self.source}"
 
 
-def find_unreadable(data: ImageClassificationData, process_index: int = 0, num_processes: int = 1) -> list[Unreadable]:
-    """Decode every image of both splits once and report those that fail; of several processes, each does its share."""
+def find_unreadable(
+    data: ImageClassificationData, process_index: int = 0, num_processes: int = 1, check_train: bool = True
+) -> list[Unreadable]:
+    """Decode every image once and report those that fail; of several processes, each does its share.
+
+    Args:
+        data: both splits.
+        process_index: which process this is.
+        num_processes: of how many.
+        check_train: also those of the training split; else only those of the other, which every evaluation reads.
+    """
+    splits = [("train", data.train), ("evaluation", data.evaluation)]
     share = [
         (split, index)
-        for split, images in (("train", data.train), ("evaluation", data.evaluation))
+        for split, images in (splits if check_train else splits[1:])
         for index in range(process_index, len(images), num_processes)
     ]
-    found = []
+    found: list[Unreadable] = []
     for split, index in tqdm(share, desc="Checking images", unit="image", disable=process_index != 0, leave=False):
         images: LabelledImages = getattr(data, split)
         try:
@@ -197,11 +210,13 @@ class Example(NamedTuple):
         image: uint8 `(C, H, W)`, augmented if it is to be trained on.
         label: class index.
         key: which sample of a training it is; None in evaluation.
+        skipped: names of images that were left out before it because they cannot be decoded.
     """
 
     image: Tensor
     label: int
     key: SampleKey | None = None
+    skipped: tuple[str, ...] = ()
 
 
 class TrainingImages(torch.utils.data.Dataset[Example]):
@@ -211,18 +226,44 @@ class TrainingImages(torch.utils.data.Dataset[Example]):
         images: the split.
         augment: makes of an image, uint8 `(C, H, W)`, a random variant; draws from the global generators.
         seed: of the training.
+        skip_limit: how many images that cannot be decoded may be replaced by the next one of the split, which in sorted
+            files usually shows the same class; None: none.
     """
 
-    def __init__(self, images: LabelledImages, augment: Callable[[Tensor], Tensor], seed: int) -> None:
-        self.images, self.augment, self.seed = images, augment, seed
+    def __init__(
+        self,
+        images: LabelledImages,
+        augment: Callable[[Tensor], Tensor],
+        seed: int,
+        skip_limit: SkipLimit | None = None,
+    ) -> None:
+        self.images, self.augment, self.seed, self.skip_limit = images, augment, seed, skip_limit
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, key: SampleKey) -> Example:
-        image, label = self.images[key.index]
+        image, label, skipped = self._readable(key.index)
         with seeded(key.seed(self.seed)):
-            return Example(self.augment(image), label, key)
+            return Example(self.augment(image), label, key, skipped)
+
+    def _readable(self, index: int) -> tuple[Tensor, int, tuple[str, ...]]:
+        skipped: list[str] = []
+        for candidate in range(index, index + len(self)):
+            try:
+                image, label = self.images[candidate % len(self)]
+            except ValueError:
+                if self.skip_limit is None:
+                    raise
+                skipped.append(self.images.source_of(candidate % len(self)))
+                self.skip_limit.count(1, skipped[-1:])
+            else:
+                break
+        else:
+            raise ValueError(f"Expected at least one readable image, got {len(skipped)} that are not")
+        if self.skip_limit is not None:
+            self.skip_limit.count(1, ())
+        return image, label, tuple(skipped)
 
 
 @dataclass(frozen=True)
@@ -231,7 +272,9 @@ class Collate:
 
     transform: Callable[[Sequence[Tensor]], Tensor]
 
-    def __call__(self, examples: Sequence[Example] | Sequence[tuple[Tensor, int]]) -> dict[str, Tensor]:
-        """`pixel_values` `(B, C, H, W)` float32 and `labels` `(B,)` int64."""
+    def __call__(self, examples: Sequence[Example] | Sequence[tuple[Tensor, int]]) -> dict[str, Any]:
+        """`pixel_values` `(B, C, H, W)` float32, `labels` `(B,)` int64; `skipped`: images left out, if any."""
         images, labels = zip(*(example[:2] for example in examples), strict=True)
-        return {"pixel_values": self.transform(images), "labels": torch.tensor(labels)}
+        batch = {"pixel_values": self.transform(images), "labels": torch.tensor(labels)}
+        skipped = [name for example in examples for name in getattr(example, "skipped", ())]
+        return {**batch, "skipped": skipped} if skipped else batch

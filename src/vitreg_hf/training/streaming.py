@@ -8,15 +8,17 @@ shards tell their number of rows are not even read.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from copy import deepcopy
+from dataclasses import dataclass
 from itertools import count, islice
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 import numpy as np
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from vitreg_hf.training.corrupt_images import SkipLimit
 from vitreg_hf.training.labelled_images import Example, decode
 from vitreg_hf.training.sampling import SampleKey
 from vitreg_hf.training.seeding import Purpose, derived_seed, seeded
@@ -24,8 +26,6 @@ from vitreg_hf.training.shards import EncodedRow, Shards
 
 Batch = dict[str, Any]
 Row = TypeVar("Row")
-# Unreadable images that are left out before the share of them counts: the first rows say little about a share.
-_SKIPPED_ANYWAY = 10
 
 
 class Piece(NamedTuple):
@@ -117,43 +117,32 @@ def shuffled(rows: Iterator[Row], buffer_size: int, generator: np.random.Generat
 
 @dataclass
 class Decoder:
-    """Decodes the rows of batches.
+    """Decodes rows.
 
     Args:
         num_channels: as for `LabelledImages`.
-        on_corrupt_image: refuse images that cannot be decoded, or leave them out.
-        most_skipped: share of images that may be left out.
+        skip_limit: how many images that cannot be decoded may be left out; None: none.
     """
 
     num_channels: int = 3
-    on_corrupt_image: Literal["raise", "skip"] = "raise"
-    most_skipped: float = 0.01
-    _seen: int = field(default=0, init=False)
-    _skipped: int = field(default=0, init=False)
+    skip_limit: SkipLimit | None = None
 
-    def decode(self, rows: Sequence[EncodedRow]) -> tuple[list[Tensor | None], list[str]]:
-        """Images uint8 `(C, H, W)`, None for those that are left out, and the names of these.
+    def decode(self, row: EncodedRow) -> Tensor | None:
+        """The image, uint8 `(C, H, W)`, or None if it is left out.
 
         Raises:
             ValueError: naming the image, if it is refused or too many have been left out.
         """
-        images: list[Tensor | None] = []
         skipped = []
-        for row in rows:
-            try:
-                images.append(decode(_fetched(row.image), self.num_channels))
-            except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more
-                if self.on_corrupt_image == "raise":
-                    raise ValueError(f"Expected a readable image, got {row.name}: {error}") from error
-                images.append(None)
-                skipped.append(row.name)
-        self._seen, self._skipped = self._seen + len(rows), self._skipped + len(skipped)
-        if self._skipped > max(_SKIPPED_ANYWAY, self.most_skipped * self._seen):
-            raise ValueError(
-                f"Expected at most {self.most_skipped:.1%} unreadable images, "
-                f"got {self._skipped} among the first {self._seen}, the last of them {skipped[-1]}"
-            )
-        return images, skipped
+        try:
+            image = decode(_fetched(row.image), self.num_channels)
+        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more
+            if self.skip_limit is None:
+                raise ValueError(f"Expected a readable image, got {row.name}: {error}") from error
+            image, skipped = None, [row.name]
+        if self.skip_limit is not None:
+            self.skip_limit.count(1, skipped)
+        return image
 
 
 def _fetched(image: dict[str, Any]) -> dict[str, Any]:
@@ -171,7 +160,7 @@ class StreamedImages(IterableDataset[Batch]):
     """The micro-batches of one training process, without end; for a loader with `batch_size=None`.
 
     An image that cannot be decoded and is left out is replaced by the next one of its batch, so that a position stays
-    a number of rows. With `skip`, item `skipped` of a batch names such images.
+    a number of rows; the example that stands in for it names it.
 
     Args:
         shards: of the training split.
@@ -221,28 +210,29 @@ class StreamedImages(IterableDataset[Batch]):
         role, had = (self.start + worker) % workers, (self.start + worker) // workers
         index, parts = self.process_index * workers + role, self.num_processes * workers
         part = Part(self.shards, index, parts, self.seed, self.buffer_size)
-        decoder = replace(self.decoder)
+        decoder = deepcopy(self.decoder)  # counts anew
         for rows in _batches(part.samples(had * self.batch_size), self.batch_size):
             yield self._batch(rows, decoder)
 
     def _batch(self, samples: Sequence[tuple[SampleKey, EncodedRow]], decoder: Decoder) -> Batch:
-        images, skipped = decoder.decode([row for _, row in samples])
-        if len(skipped) == len(samples):
-            raise ValueError(f"Expected a readable image in every batch, got one without: {', '.join(skipped[:10])}")
+        images = [decoder.decode(row) for _, row in samples]
+        if all(image is None for image in images):
+            raise ValueError(f"Expected a readable image in every batch, got one of {len(images)} without")
         examples = []
-        for place, (key, _) in enumerate(samples):
+        for place, (key, row) in enumerate(samples):
             chosen = place
             while (image := images[chosen]) is None:
                 chosen = (chosen + 1) % len(samples)
+            skipped = () if chosen == place else (row.name,)
             with seeded(key.seed(self.seed)):
-                examples.append(Example(self.augment(image), samples[chosen][1].label, key))
-        return _reported(self.collate(examples), skipped, decoder)
+                examples.append(Example(self.augment(image), samples[chosen][1].label, key, skipped))
+        return self.collate(examples)
 
 
 class StreamedEvaluation(IterableDataset[Batch]):
     """One pass over a split, in batches, each image in one process once; for a loader with `batch_size=None`.
 
-    Processes may have different numbers of batches. What is left out makes a batch smaller; item `skipped` as above.
+    Processes may have different numbers of batches. The first example of a batch names what was left out.
 
     Args:
         shards: of the split.
@@ -270,26 +260,25 @@ class StreamedEvaluation(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         worker, workers = _worker()
         part = Part(self.shards, self.process_index * workers + worker, self.num_processes * workers)
-        decoder = replace(self.decoder)
+        decoder = deepcopy(self.decoder)
         examples: list[Example] = []
         skipped: list[str] = []
         for row in part.rows(0):
-            (image,), unreadable = decoder.decode([row])
-            skipped += unreadable
+            image = decoder.decode(row)
             if image is None:
+                skipped.append(row.name)
                 continue
             if len(examples) == self.batch_size:  # not earlier: what is left out at the end is named in the last batch
-                yield _reported(self.collate(examples), skipped, decoder)
+                yield self._batch(examples, skipped)
                 examples, skipped = [], []
             examples.append(Example(image, row.label))
         if examples:
-            yield _reported(self.collate(examples), skipped, decoder)
+            yield self._batch(examples, skipped)
         elif skipped:
             raise ValueError(f"Expected a readable image to evaluate on, got none: {', '.join(skipped[:10])}")
 
-
-def _reported(batch: Batch, skipped: list[str], decoder: Decoder) -> Batch:
-    return {**batch, "skipped": skipped} if decoder.on_corrupt_image == "skip" else batch
+    def _batch(self, examples: list[Example], skipped: list[str]) -> Batch:
+        return self.collate([examples[0]._replace(skipped=tuple(skipped)), *examples[1:]])
 
 
 def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
