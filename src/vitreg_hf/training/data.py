@@ -14,7 +14,8 @@ import datasets
 import numpy as np
 import PIL.Image
 
-from vitreg_hf.training.classification_settings import ImageClassificationSettings
+from vitreg_hf.training.class_folders import class_folders
+from vitreg_hf.training.classification_settings import ImageDataSettings
 from vitreg_hf.training.labelled_images import SPLIT_SEED, ImageClassificationData, LabelledImages
 
 VALIDATION_FRACTION = 0.1
@@ -23,7 +24,7 @@ DIGITS_TEST_FRACTION = 0.2
 # Sources
 
 
-def load_images(settings: ImageClassificationSettings) -> ImageClassificationData:
+def load_images(settings: ImageDataSettings) -> ImageClassificationData:
     """The images that the settings name.
 
     Raises:
@@ -88,45 +89,54 @@ def load_hub(
 
 
 def load_folders(train_dir: str, validation_dir: str | None = None) -> ImageClassificationData:
-    """Folders with one subfolder of images per class.
+    """Folders with one subfolder per class, images at any depth below it; see `class_folders`.
+
+    The validation folder may lack some of the classes.
 
     Raises:
-        ValueError: if a folder does not exist, or holds fewer than two subfolders with images.
+        ValueError: if a folder does not exist, images lie beside the classes, there are fewer than two classes, a
+            class has no images to train on, or there is one to validate on that is not trained.
     """
-    train, validation = _load_folder(train_dir), None if validation_dir is None else _load_folder(validation_dir)
+    train = _load_folder(train_dir)
+    if len(train.features["label"].names) < 2:
+        raise ValueError(f"Expected two or more folders of classes below {train_dir!r}, got one")
+    validation = None if validation_dir is None else _load_folder(validation_dir, may_lack_images=True)
     return _assemble(train, validation, train_dir, "image", "label")
 
 
 def load_parquet(
     train_file: str, validation_file: str | None = None, image_column: str = "image", label_column: str = "label"
 ) -> ImageClassificationData:
-    """Local parquet files; columns as in `load_hub`, images as encoded bytes or as paths.
+    """Local parquet files, by patterns as of `matching_files`; columns as in `load_hub`, images as bytes or as paths.
 
     Raises:
-        ValueError: if a file does not exist, or a column is missing or of another kind.
+        ValueError: if there is no such file, files number their classes differently, or a column is missing or of
+            another kind.
     """
-    train, validation = (_load_parquet(file) if file else None for file in (train_file, validation_file))
+    train, validation = (_load_parquet(file, label_column) if file else None for file in (train_file, validation_file))
     return _assemble(cast(datasets.Dataset, train), validation, train_file, image_column, label_column)
 
 
-def _load_folder(folder: str) -> datasets.Dataset:
-    if not os.path.isdir(folder):
-        raise ValueError(f"Expected a folder of images, got {folder!r}")
-    # The pattern, unlike the folder's name, keeps classes called "train" or "test" from being taken for splits.
-    files = {"train": os.path.join(escape(folder), "**")}
-    try:
-        rows = datasets.load_dataset("imagefolder", data_files=files, split="train")
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"Expected images below {folder!r}, got none: {error}") from error
-    if "label" not in rows.features:
-        raise ValueError(f"Expected one subfolder per class below {folder!r}, got images of a single folder")
-    return cast(datasets.Dataset, rows)
+def _load_folder(folder: str, may_lack_images: bool = False) -> datasets.Dataset:
+    files = class_folders(folder)
+    if not any(files.values()):
+        raise ValueError(f"Expected images in folders of classes below {folder!r}, got none")
+    empty = [name for name, images in files.items() if not images]
+    if empty and not may_lack_images:
+        raise ValueError(f"Expected images in every folder below {folder!r}, got none in {', '.join(empty[:10])}")
+    names = [name for name, images in files.items() if images]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    rows = [(image, label) for label, name in enumerate(names) for image in files[name]]
+    images, labels = zip(*rows, strict=True)
+    return datasets.Dataset.from_dict({"image": list(images), "label": list(labels)}, features=features)
 
 
-def _load_parquet(file: str) -> datasets.Dataset:
-    if not os.path.isfile(file):
-        raise ValueError(f"Expected a parquet file, got {file!r}")
-    return cast(datasets.Dataset, datasets.load_dataset("parquet", data_files={"train": escape(file)}, split="train"))
+def _load_parquet(pattern: str, label_column: str) -> datasets.Dataset:
+    files = matching_files(pattern, (".parquet",))
+    data_files = {"train": [escape(file) for file in files]}
+    rows = cast(datasets.Dataset, datasets.load_dataset("parquet", data_files=data_files, split="train"))
+    check_numbering(files, label_column, getattr(rows.features.get(label_column), "names", None))
+    return rows
 
 
 # One form for all of them
@@ -140,9 +150,18 @@ def _assemble(
         split, held_out_by = "train", "10 % of the training images, stratified by class, the same in every run"
         standard, evaluation = _stratified_split(standard, VALIDATION_FRACTION)
     else:
-        split, held_out_by = "validation", "the validation split of the data"
         evaluation = _standard(validation, image_column, label_column, standard.features["label"].names)
+        split, held_out_by = "validation", "the validation split of the data" + _without_classes(evaluation)
     return ImageClassificationData(LabelledImages(standard), LabelledImages(evaluation), source, split, held_out_by)
+
+
+def _without_classes(rows: datasets.Dataset) -> str:
+    """Says which classes have no images, in words to put behind a noun; nothing if all have."""
+    names = rows.features["label"].names
+    counts = np.bincount(rows["label"], minlength=len(names))
+    missing = [name for name, count in zip(names, counts, strict=True) if count == 0]
+    more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
+    return f", without images of {', '.join(missing[:10])}{more}" if missing else ""
 
 
 def _standard(

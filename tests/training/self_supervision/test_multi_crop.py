@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from vitreg_hf.model.image_processing_vitreg import ViTRegImageProcessor
+from vitreg_hf.training.labelled_images import Example
 from vitreg_hf.training.seeding import seeded
 from vitreg_hf.training.self_supervision.multi_crop import MultiCrop, MultiCropCollate
 
@@ -99,7 +100,7 @@ def test_a_batch_is_normalised_by_the_processor_and_ordered_crop_by_crop(process
     crop = MultiCrop(processor, num_local_crops=3, local_crop_size=16)
     with seeded(0):
         crops = [crop(image), crop(image.flip(2))]
-    batch = MultiCropCollate(processor)(crops)
+    batch = MultiCropCollate(processor)([Example(crop, 0) for crop in crops])
     assert batch.global_crops.shape == (4, 3, 32, 32)
     assert batch.local_crops.shape == (6, 3, 16, 16)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
@@ -113,7 +114,7 @@ def test_a_batch_is_normalised_by_the_processor_and_ordered_crop_by_crop(process
 def test_there_may_be_no_local_crops(processor, image):
     crops = MultiCrop(processor, num_local_crops=0)(image)
     assert crops[1] is None
-    assert MultiCropCollate(processor)([crops]).local_crops is None
+    assert MultiCropCollate(processor)([Example(crops, 0)]).local_crops is None
 
 
 @pytest.mark.parametrize(

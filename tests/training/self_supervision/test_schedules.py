@@ -6,7 +6,13 @@ import itertools
 import pytest
 import torch
 
-from vitreg_hf.training.self_supervision.schedules import cosine, linear, warmup_cosine
+from vitreg_hf.training.self_supervision.schedules import (
+    cosine,
+    learning_rates,
+    linear,
+    set_weight_decay,
+    warmup_cosine,
+)
 
 
 def test_temperature_rises_in_a_straight_line_and_stays():
@@ -47,3 +53,35 @@ def test_the_learning_rate_is_that_of_torchs_own_schedules():
 def test_a_warm_up_longer_than_the_training_is_refused():
     with pytest.raises(ValueError, match="Expected a warm-up of 0 to 10 steps, got 11"):
         warmup_cosine(1.0, 0.0, 0, 11, 10)
+
+
+def groups():
+    """A backbone's lower layer, biases, and prototypes."""
+    marks = [(0.5, True, False), (1.0, False, False), (1.0, False, True)]
+    return [
+        {"params": [torch.nn.Parameter(torch.zeros(1))], "lr_factor": factor, "decays": decays, "last_layer": last}
+        for factor, decays, last in marks
+    ]
+
+
+def test_every_group_has_its_share_of_the_learning_rate_and_prototypes_rest_at_first():
+    optimizer = torch.optim.SGD(groups(), lr=2.0)
+    scheduler = learning_rates(optimizer, warmup_steps=2, num_steps=6, start=0.1, end=0.5, rest_steps=3)
+    rates = []
+    for _ in range(7):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    expected = [2.0 * warmup_cosine(1.0, 0.5, step, 2, 6, 0.1) for step in range(7)]
+    assert expected[0] == pytest.approx(0.2)
+    assert expected[6] == pytest.approx(1.0)
+    lower, biases, prototypes = zip(*rates, strict=True)
+    assert lower == pytest.approx([rate / 2 for rate in expected])
+    assert biases == pytest.approx(expected)
+    assert prototypes == pytest.approx([0, 0, 0, *expected[3:]])
+
+
+def test_only_what_decays_gets_a_weight_decay():
+    optimizer = torch.optim.SGD(groups(), lr=2.0)
+    set_weight_decay(optimizer, 0.3)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0, 0]

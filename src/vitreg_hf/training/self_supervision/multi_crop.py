@@ -8,7 +8,7 @@ Shapes: an image of H x W pixels, 2 global crops of h x w, L local crops of l x 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,9 +102,9 @@ class MultiCropCollate:
     def __init__(self, processor: ViTRegImageProcessor) -> None:
         self.processor = processor
 
-    def __call__(self, crops: Sequence[tuple[Tensor, Tensor | None]]) -> CropBatch:
-        """What `MultiCrop` gives for B images, as one batch."""
-        global_crops, local_crops = zip(*crops, strict=True)
+    def __call__(self, examples: Sequence[Any]) -> CropBatch:
+        """What `MultiCrop` gives for B images, each as `image` of an `Example`, as one batch."""
+        global_crops, local_crops = zip(*(example.image for example in examples), strict=True)
         return CropBatch(
             self._normalised(global_crops), None if local_crops[0] is None else self._normalised(local_crops)
         )
