@@ -74,12 +74,12 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
         layerscale_value (`float`, *optional*): initial value of LayerScale; `None` turns LayerScale off.
         drop_path_rate (`float`, defaults to 0.0): stochastic depth rate (of the last block if the schedule is linear).
         drop_path_schedule (`str`, defaults to `"linear"`): `"linear"` from 0 over depth, or `"uniform"`.
-        drop_path_kind (`str`, defaults to `"mask"`): `"mask"` computes every branch and drops it per sample; `"subset"`,
-            as in DINOv2, computes it for `max(int(batch * (1 - rate)), 1)` random samples alone, which saves about
-            `rate` of the work of a training step. But it rounds the rate up: 0.1 drops a quarter of a batch of 4, and
-            a single image is never dropped. So the default is `"mask"`, which is right at any batch size, and what
-            configs saved without this field mean. Where attention is recorded, and for padded batches with
-            `flex_attention`, `"subset"` drops as `"mask"` does.
+        drop_path_kind (`str`, defaults to `"mask"`): `"mask"` computes every branch and drops it per sample;
+            `"subset"`, as in DINOv2, computes it for `max(int(batch * (1 - rate)), 1)` random samples alone, which
+            saves about `rate` of the work of a training step. But it rounds the rate up: 0.1 drops a quarter of a
+            batch of 4, and a single image is never dropped. So the default is `"mask"`, which is right at any batch
+            size, and what configs saved without this field mean. Where attention is recorded, and for padded batches
+            with `flex_attention`, `"subset"` drops as `"mask"` does.
         patch_dropout_rate (`float`, defaults to 0.0): share of the patches of each image that training leaves out,
             after positions are added; CLS and registers always stay. There is no `patch_map` then, and heads that read
             it refuse to train.
