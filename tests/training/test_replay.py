@@ -33,7 +33,7 @@ def test_what_is_kept_comes_back(tmp_path):
     assert facts["loss"] != facts["loss"]
     torch.testing.assert_close(loaded[0]["pixel_values"], images, rtol=0, atol=0)
     torch.testing.assert_close(loaded[0]["labels"], labels)
-    assert loaded[0]["keys"] == [[3, 0, 0], [1, 0, 0]]
+    assert loaded[0]["keys"] == [SampleKey(3, 0)._asdict(), SampleKey(1, 0)._asdict()]
     assert loaded[0]["skipped"] == ["a.png"]
     assert loaded[1]["large"].dtype == torch.bfloat16
     assert loaded[1]["small"] is None
