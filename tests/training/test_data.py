@@ -6,6 +6,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -84,15 +85,58 @@ def test_classes_named_like_splits_and_odd_paths(tmp_path: Path) -> None:
 def test_folders_that_cannot_be_trained_on_are_refused(image_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Expected a folder of images, got '/no/such"):
         load_folders("/no/such")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="Expected images below"):
+    (tmp_path / "empty" / "cat").mkdir(parents=True)
+    with pytest.raises(ValueError, match="Expected images in folders of classes below"):
         load_folders(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="one subfolder per class"):
         load_folders(str(image_folder / "cat"))
+    with pytest.raises(ValueError, match=r"two or more folders of classes below .*, got one"):
+        load_folders(str(one_class(image_folder, tmp_path)))
     (image_folder / "bird").mkdir()
     image_of_mode("RGB").save(image_folder / "bird" / "only.png")
     with pytest.raises(ValueError, match="at least 2 images of every class and 30 in all to hold out 10%"):
         load_folders(str(image_folder))
+
+
+def one_class(image_folder: Path, tmp_path: Path) -> Path:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "cat").symlink_to(image_folder / "cat")
+    return tmp_path / "one"
+
+
+def test_classes_without_images_are_named(image_folder: Path, tmp_path: Path) -> None:
+    for name in ("ant", "bird"):
+        (image_folder / name).mkdir()
+    (image_folder / "bird" / "notes.txt").touch()
+    with pytest.raises(ValueError, match=r"images in every folder below .*, got none in ant, bird"):
+        load_folders(str(image_folder))
+
+
+def test_a_validation_folder_may_lack_classes_but_has_no_others(image_folder: Path, tmp_path: Path) -> None:
+    validation = one_class(image_folder, tmp_path)
+    data = load_folders(str(image_folder), str(validation))
+    assert data.held_out_by == "the validation split of the data, without images of dog"
+    assert set(labels_of(data.evaluation)) == {0}
+    (validation / "dog").mkdir()  # the same without images
+    assert load_folders(str(image_folder), str(validation)).held_out_by == data.held_out_by
+    (validation / "cow").symlink_to(image_folder / "dog")
+    with pytest.raises(ValueError, match="the classes of the training images, got others: cow"):
+        load_folders(str(image_folder), str(validation))
+
+
+def test_images_of_any_size_and_depth_are_read(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = image_folder / "dog" / "2024" / "may"
+    deep.mkdir(parents=True)
+    image_of_mode("RGB", height=1, width=1).save(deep / "tiny.png")
+    image_of_mode("RGB", height=60, width=50).save(deep / "wide.png")
+    data = load_folders(str(image_folder), str(image_folder))
+    names = [Path(data.train.source_of(index)).name for index in range(len(data.train))]
+    assert data.train[names.index("tiny.png")][0].shape == (3, 1, 1)
+    assert data.train[names.index("tiny.png")][1] == 1
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 2000)
+    monkeypatch.setattr(PIL.Image, "_decompression_bomb_check", lambda size: None)  # it only warns of such a size
+    with pytest.raises(ValueError, match=r"Expected a readable image, got .*wide.png: .*2000"):
+        data.train[names.index("wide.png")]
 
 
 def write_parquet(path: Path, labels: list[Any], label_feature: Any) -> str:
@@ -134,6 +178,24 @@ def test_parquet_of_another_library(tmp_path: Path, image_folder: Path) -> None:
         assert data.class_names == ["x", "y"]
 
 
+def test_several_parquet_files(tmp_path: Path) -> None:
+    for number in range(3):
+        write_parquet(tmp_path / f"part-{number}.parquet", ["a", "b"] * 8, datasets.Value("string"))
+    data = load_parquet(f"{tmp_path}/part-*.parquet", image_column="picture", label_column="kind")
+    assert len(data.train) + len(data.evaluation) == 48
+    assert data.source == f"{tmp_path}/part-*.parquet"
+    for number, names in enumerate((["x", "y"], ["y", "x"])):
+        write_parquet(tmp_path / f"class-{number}.parquet", [0, 1] * 8, datasets.ClassLabel(names=names))
+    with pytest.raises(
+        ValueError, match=r"one numbering of the classes in all files, .* another in .*class-1.parquet"
+    ):
+        load_parquet(f"{tmp_path}/class-{{0,1}}.parquet", image_column="picture", label_column="kind")
+    split = {name: f"{tmp_path}/class-{number}.parquet" for number, name in enumerate(("train", "validation"))}
+    data = load_parquet(split["train"], split["validation"], image_column="picture", label_column="kind")
+    assert labels_of(data.train) == [0, 1] * 8
+    assert labels_of(data.evaluation) == [1, 0] * 8  # of one split they are the same by name, not by number
+
+
 def test_columns_and_labels_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "a.parquet", [0, 1] * 12, datasets.Value("int64"))
     with pytest.raises(ValueError, match="Expected a column 'image', got picture, kind"):
@@ -152,7 +214,7 @@ def test_columns_and_labels_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     other = write_parquet(tmp_path / "e.parquet", [0, 7], datasets.Value("int64"))
     with pytest.raises(ValueError, match="the classes of the training images, got others: 7"):
         load_parquet(file, other, image_column="picture", label_column="kind")
-    with pytest.raises(ValueError, match="Expected a parquet file, got '/no/such'"):
+    with pytest.raises(ValueError, match=r"Expected .parquet files, got none for '/no/such'"):
         load_parquet("/no/such")
 
 
@@ -165,6 +227,12 @@ def test_a_dataset_in_the_format_of_the_hub(image_folder: Path, tmp_path: Path) 
     data = load_hub(str(hub))
     assert (len(data.train), len(data.evaluation)) == (24, 24)
     assert data.hub_id is None  # a local folder is not on the Hub
+    renamed = rows.cast_column("label", datasets.ClassLabel(names=["dog", "cat"]))
+    renamed.to_parquet(hub / "data" / "validation-00000.parquet")
+    with pytest.raises(
+        ValueError, match=r"numbering of the classes in all files, got another in .*validation-00000"
+    ):
+        load_hub(str(hub))
     (hub / "data" / "train-00000.parquet").unlink()
     with pytest.raises(ValueError, match="Expected a split 'train'"):
         load_hub(str(hub))

@@ -17,6 +17,7 @@ import PIL.Image
 from vitreg_hf.training.class_folders import class_folders
 from vitreg_hf.training.classification_settings import ImageDataSettings
 from vitreg_hf.training.labelled_images import SPLIT_SEED, ImageClassificationData, LabelledImages
+from vitreg_hf.training.shard_files import check_numbering, matching_files
 
 VALIDATION_FRACTION = 0.1
 DIGITS_TEST_FRACTION = 0.2
@@ -85,7 +86,10 @@ def load_hub(
     if "train" not in splits:
         raise ValueError(f"Expected a split 'train' in dataset {name!r}, got {sorted(splits)}")
     data = _assemble(splits["train"], splits.get("validation"), name, image_column, label_column)
-    return data if os.path.exists(name) else replace(data, hub_id=name)
+    if not os.path.exists(name):
+        return replace(data, hub_id=name)
+    _check_splits(datasets.load_dataset_builder(name, config_name), splits, label_column)
+    return data
 
 
 def load_folders(train_dir: str, validation_dir: str | None = None) -> ImageClassificationData:
@@ -115,6 +119,13 @@ def load_parquet(
     """
     train, validation = (_load_parquet(file, label_column) if file else None for file in (train_file, validation_file))
     return _assemble(cast(datasets.Dataset, train), validation, train_file, image_column, label_column)
+
+
+def _check_splits(builder: datasets.DatasetBuilder, splits: datasets.DatasetDict, label_column: str) -> None:
+    """Refuse parquet files of a folder that number their classes in ways of their own."""
+    for split, files in (getattr(builder.config, "data_files", None) or {}).items():
+        names = getattr(splits[str(split)].features.get(label_column), "names", None)
+        check_numbering([file for file in map(str, files) if file.endswith(".parquet")], label_column, names)
 
 
 def _load_folder(folder: str, may_lack_images: bool = False) -> datasets.Dataset:

@@ -226,8 +226,8 @@ class TrainingImages(torch.utils.data.Dataset[Example]):
         images: the split.
         augment: makes of an image, uint8 `(C, H, W)`, a random variant; draws from the global generators.
         seed: of the training.
-        skip_limit: how many images that cannot be decoded may be replaced by the next one of the split, which in sorted
-            files usually shows the same class; None: none.
+        skip_limit: how many images that cannot be decoded may be replaced by the next one of the split, which among
+            sorted files usually shows the same class; None: none.
     """
 
     def __init__(

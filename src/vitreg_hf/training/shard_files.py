@@ -4,7 +4,7 @@
 import os
 import re
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from glob import glob
 from itertools import chain
 from pathlib import Path
@@ -63,7 +63,7 @@ def _expand_braces(pattern: str) -> list[str]:
     ]
 
 
-def check_numbering(files: Iterable[str], column: str, class_names: tuple[str, ...] | None) -> None:
+def check_numbering(files: Iterable[str], column: str, class_names: Sequence[str] | None) -> None:
     """Refuse parquet files that number their classes differently: `datasets` reads all of them as it reads the first.
 
     Raises:
@@ -72,11 +72,9 @@ def check_numbering(files: Iterable[str], column: str, class_names: tuple[str, .
     for file in files:
         with fsspec.open(file, "rb") as opened:
             feature = datasets.Features.from_arrow_schema(pq.read_schema(opened)).get(column)
-        if isinstance(feature, datasets.ClassLabel) and tuple(feature.names) != class_names:
+        if isinstance(feature, datasets.ClassLabel) and feature.names != list(class_names or ()):
             others = ", ".join(feature.names[:10])
-            raise ValueError(
-                f"Expected one numbering of the classes in all parquet files, got another in {file}: {others}"
-            )
+            raise ValueError(f"Expected one numbering of the classes in all files, got another in {file}: {others}")
 
 
 def count_rows(file: str) -> int | None:
