@@ -52,7 +52,7 @@ from vitreg_hf.training.losses import Loss, classification_loss
 from vitreg_hf.training.metrics import Accuracy, TopKAccuracy
 from vitreg_hf.training.optim import create_ema, create_optimizer, create_schedule
 from vitreg_hf.training.results import describe_data, describe_training, staged_folder, write_results
-from vitreg_hf.training.running import Saver, StopRequest
+from vitreg_hf.training.running import Saver, StopRequest, outlive_first_stop
 from vitreg_hf.training.sampling import BatchStream, SampleStream
 from vitreg_hf.training.seeding import seed_step, seed_weights
 from vitreg_hf.training.speed import describe_speed
@@ -325,6 +325,7 @@ def train_batches(
         batch_sampler=sampler,
         collate_fn=Collate(transform),
         num_workers=settings.dataloader_num_workers,
+        worker_init_fn=outlive_first_stop,
         pin_memory=accelerator.device.type == "cuda",
     )
     return iter(loader)

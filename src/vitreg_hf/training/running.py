@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from vitreg_hf.training.checkpointing import Progress, save_checkpoint
+from vitreg_hf.training.checkpointing import CheckpointError, Progress, save_checkpoint
 
 # Neither success (0) nor failure (1, 2) nor death by a signal (128 and more): schedulers that restart jobs use this
 # number for "checkpointed, start me again".
@@ -49,6 +49,19 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = True
+
+
+def outlive_first_stop(worker: int) -> None:
+    """Have a process that loads images survive the first SIGTERM: the `worker_init_fn` of a loader.
+
+    Schedulers send the signal to every process of a job at once, but a training needs its batches until it has written
+    its checkpoint. The second one ends the process, as the first one would have: a training that exits sends some.
+    """
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, receive)
 
 
 class Saver:
@@ -88,8 +101,11 @@ class Saver:
             self.save(progress())
 
     def save(self, progress: Progress) -> Path:
-        """Write a checkpoint now."""
-        return save_checkpoint(self.accelerator, self.folder, progress, self.scheduler, self.modules, self.keep)
+        """Write a checkpoint now; a program that cannot ends here, with one sentence and exit code 1."""
+        try:
+            return save_checkpoint(self.accelerator, self.folder, progress, self.scheduler, self.modules, self.keep)
+        except CheckpointError as error:
+            sys.exit(str(error) if self.accelerator.is_main_process else 1)
 
     def leave(self, progress: Progress) -> None:
         """Write a checkpoint and leave the program with `STOPPED_EXIT_CODE`."""

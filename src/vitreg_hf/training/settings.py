@@ -127,4 +127,5 @@ class TrainingSettings:
         Where files lie, how often they are written and what is shown of a training do not change what it computes.
         """
         free = {*FILE_SETTINGS, *HUB_SETTINGS, "early_stopping_patience", "auto_find_batch_size"}
+        free |= {"dataloader_num_workers"}  # who loads a sample does not change it
         return {name: value for name, value in asdict(self).items() if name not in free} | more
