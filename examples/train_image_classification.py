@@ -86,7 +86,17 @@ class Training:
         return Progress(self.step, self.position, self.curve, totals, {}, self.fixed)
 
     def resume(self, progress: Progress) -> None:
-        """Go on from where another run of this training was."""
+        """Go on from where another run of this training was.
+
+        Raises:
+            ValueError: if its steps took another number of images: there would be another number of them, too.
+        """
+        taken, expected = progress.position, progress.step * self.timetable.images_per_step
+        if taken != expected:
+            raise ValueError(
+                f"Expected {taken // progress.step} images per step as in the checkpoint, got "
+                f"{self.timetable.images_per_step}: gradient_accumulation_steps makes up for processes and batch sizes"
+            )
         self.step, self.position, self.curve = progress.step, progress.position, progress.curve
         self.totals = own_totals(progress.totals, self.accelerator).to(self.totals)
 
