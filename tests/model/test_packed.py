@@ -1,7 +1,11 @@
 """Crops of several resolutions in one pass: equal to one pass each, for outputs and gradients."""
 
+import copy
+
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from vitreg_hf import ViTRegForImageClassification, ViTRegModel
 from vitreg_hf.model.token_layout import packed, unpacked
@@ -105,6 +109,36 @@ def test_compiles_without_a_graph_break(make_config):
     model.eval()
     for one, group in zip(compiled(*images), images, strict=True):
         torch.testing.assert_close(one.patch_map, model(group).patch_map, atol=1e-5, rtol=1e-5)
+
+
+class Student(torch.nn.Module):
+    """What a training wraps: the hooks of FSDP stand at a module's call."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images):
+        tokens = [output.last_hidden_state for output in self.backbone.forward_packed(images)]
+        return sum(states[..., :5].square().mean() for states in tokens)
+
+
+def test_shards_of_fsdp_have_the_gradients_of_the_whole(make_config):
+    plain = Student(ViTRegModel(make_config(drop_path_rate=0.5, drop_path_kind="subset"))).train()
+    sharded, images = copy.deepcopy(plain), crops()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for module in (sharded.backbone.embeddings, *sharded.backbone.layers, sharded):
+            fully_shard(module, mesh=mesh)
+        for student in (plain, sharded):
+            torch.manual_seed(1)
+            student(images).backward()
+        for expected, found in zip(plain.parameters(), sharded.parameters(), strict=True):
+            torch.testing.assert_close(found.grad.full_tensor(), expected.grad, atol=1e-5, rtol=1e-5)
+        assert sharded.backbone.parameter_layers() == plain.backbone.parameter_layers()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_packed_passes_leave_heads_and_later_passes_alone(make_config):
