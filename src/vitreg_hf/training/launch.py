@@ -47,6 +47,11 @@ def create_accelerator(
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         plugin = accelerator.state.deepspeed_plugin
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = per_device_train_batch_size
+    if accelerator.distributed_type == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        # Accelerate shards input embeddings by themselves and then fails on the module around them, which the model
+        # names too, as a whole that must not be split over devices.
+        plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or ["ViTRegLayer"]
     return accelerator
 
 
