@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitreg_hf.training.self_supervision.targets import Centring, SinkhornKnopp
+from vitreg_hf.training.self_supervision.targets import Centring, SinkhornKnopp, target_rule
 
 PROCESS = Path(__file__).parent / "targets_of_a_process.py"
 
@@ -94,3 +94,5 @@ def test_settings_without_sense_are_refused():
         Centring(4, momentum=1)
     with pytest.raises(ValueError, match="Expected at least 1 iteration, got 0"):
         SinkhornKnopp(0)
+    with pytest.raises(ValueError, match="Expected centring or sinkhorn, got 'mean'"):
+        target_rule("mean", 4)

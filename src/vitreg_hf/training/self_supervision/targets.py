@@ -75,6 +75,17 @@ class SinkhornKnopp(nn.Module):
         return targets
 
 
+def target_rule(name: str, num_prototypes: int) -> nn.Module:
+    """The rule of a name, `centring` or `sinkhorn`: a module of scores `(M, K)` and a temperature.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name not in ("centring", "sinkhorn"):
+        raise ValueError(f"Expected centring or sinkhorn, got {name!r}")
+    return Centring(num_prototypes) if name == "centring" else SinkhornKnopp()
+
+
 def _reduce(values: Tensor, largest: bool = False) -> None:
     """Sum or largest of a tensor over all processes, in place; on one process nothing changes."""
     if dist.is_available() and dist.is_initialized():
