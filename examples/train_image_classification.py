@@ -47,7 +47,7 @@ from vitreg_hf.training.labelled_images import (
     find_unreadable,
     without_unreadable,
 )
-from vitreg_hf.training.launch import create_accelerator
+from vitreg_hf.training.launch import create_accelerator, describe_launch
 from vitreg_hf.training.losses import Loss, classification_loss
 from vitreg_hf.training.metrics import Accuracy, TopKAccuracy
 from vitreg_hf.training.optim import create_ema, create_optimizer, create_schedule
@@ -55,6 +55,7 @@ from vitreg_hf.training.results import describe_data, describe_training, staged_
 from vitreg_hf.training.running import Saver, StopRequest, outlive_first_stop
 from vitreg_hf.training.sampling import BatchStream, SampleStream
 from vitreg_hf.training.seeding import seed_step, seed_weights
+from vitreg_hf.training.sharding import shard_like, spare_copy, whole_model
 from vitreg_hf.training.speed import describe_speed
 from vitreg_hf.training.timetable import Timetable
 
@@ -68,6 +69,7 @@ class Training:
     timetable: Timetable
     model: torch.nn.Module
     ema: AveragedModel | None
+    spare: PreTrainedModel | None  # what a sharded model is gathered into
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
     loss: Loss
@@ -133,8 +135,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             run.resume(load_checkpoint(accelerator, checkpoint, run.fixed, run.scheduler, run.saver.modules, changes))
         metrics = train(run, train_batches(run, data, processor))
 
+    trained: Any = whole_model(accelerator, run.model if run.ema is None else run.ema.module, run.spare)
     if accelerator.is_main_process:
-        trained: Any = accelerator.unwrap_model(run.model) if run.ema is None else run.ema.module
         results = {
             **describe_training(settings, accelerator, trained, run.curve, run.timetable.total_epochs),
             "data": describe_data(data, skipped=sorted(str(one) for one in unreadable)),
@@ -291,10 +293,15 @@ def create_training(
     )
     optimizer = create_optimizer(model, settings.learning_rate, settings.weight_decay)
     scheduler = create_schedule(optimizer, timetable.total_steps, settings.warmup_ratio)
-    ema = None if settings.ema_decay is None else create_ema(model, settings.ema_decay).to(accelerator.device)
+    ema, spare = None, spare_copy(accelerator, model)
+    if settings.ema_decay is not None:
+        ema = create_ema(model, settings.ema_decay)
     collate = Collate(EvaluationTransform(processor))
     eval_loader = DataLoader(data.evaluation, settings.per_device_eval_batch_size, collate_fn=collate)
     run_model, run_optimizer, eval_loader = accelerator.prepare(model, optimizer, eval_loader)
+    if ema is not None:
+        shard_like(ema.module, run_model)
+        ema.to(accelerator.device)
     saver = Saver(
         accelerator,
         settings.checkpoint_folder,
@@ -305,12 +312,11 @@ def create_training(
         settings.save_total_limit,
         settings.logging_steps,
     )
-    launch = {"processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
-    fixed = settings.fixed(**launch, train_images=len(data.train), classes=data.class_names)
+    fixed = settings.fixed(**describe_launch(accelerator), train_images=len(data.train), classes=data.class_names)
     loss = classification_loss(settings.loss, settings.label_smoothing_factor)
     mix = mixing(len(data.class_names), settings.mixup_alpha, settings.cutmix_alpha)
     return Training(
-        *(settings, accelerator, timetable, run_model, ema, run_optimizer, scheduler, loss, mix),
+        *(settings, accelerator, timetable, run_model, ema, spare, run_optimizer, scheduler, loss, mix),
         *(eval_loader, saver, fixed),
     )
 

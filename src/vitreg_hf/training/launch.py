@@ -8,6 +8,7 @@ FSDP asked for without GPUs becomes data parallel training. The checks here turn
 
 import os
 from pathlib import Path
+from typing import Any
 
 import yaml
 from accelerate import Accelerator, DistributedType
@@ -55,12 +56,21 @@ def create_accelerator(
     return accelerator
 
 
+def describe_launch(accelerator: Accelerator) -> dict[str, Any]:
+    """What a training that continues another one exactly has in common with it of the launch."""
+    return {
+        "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "sharded": accelerator.distributed_type == DistributedType.FSDP,
+    }
+
+
 def check_launch(accelerator: Accelerator) -> None:
     """Refuse a launch that would silently do something else than it was asked to.
 
     Raises:
         ValueError: if processes do not know of one another, fewer were started than asked for, or a model that was to
-            be sharded would not be.
+            be sharded would not be, or would be by the first FSDP.
     """
     launched, together = int(os.environ.get("WORLD_SIZE", "1")), accelerator.num_processes
     if launched != together:
@@ -80,6 +90,8 @@ def check_launch(accelerator: Accelerator) -> None:
             f"Expected a model sharded by FSDP, got {accelerator.distributed_type.value}: Accelerate shards on GPUs "
             "alone, and trains whole models elsewhere"
         )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("Expected fsdp_version 2, got 1 (examples/accelerate_configs/fsdp2.yaml)")
 
 
 def _processes_asked_for() -> int:
