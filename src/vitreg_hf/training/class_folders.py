@@ -33,7 +33,12 @@ def class_folders(folder: str) -> dict[str, list[str]]:
             f"Expected every image below {folder!r} in the folder of its class, "
             f"got {len(beside)} beside them: {', '.join(beside[:10])}"
         )
-    return {entry.name: sorted(_images(entry.path, ())) for entry in classes}
+    return {entry.name: images_below(entry.path) for entry in classes}
+
+
+def images_below(folder: str) -> list[str]:
+    """Image files at any depth below a folder, in order of their names; what is passed over: as above."""
+    return sorted(_images(folder, ()))
 
 
 def is_image(name: str) -> bool:

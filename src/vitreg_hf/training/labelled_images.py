@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vitreg_hf.model.image_inputs import read_image
+from vitreg_hf.model.image_inputs import read_image, read_label_map
 from vitreg_hf.model.processor_checks import check_file_size
 from vitreg_hf.training.corrupt_images import SkipLimit
 from vitreg_hf.training.sampling import SampleKey
@@ -64,8 +64,7 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
     def source_of(self, index: int) -> str:
         """Where image `index` came from: its file, or its row at the source where it is stored in a table."""
         row = self.rows[int(index)]
-        path, embedded = row["image"]["path"], row["image"]["bytes"] is not None
-        return f"row {row['row']}" + (f" ({path})" if path else "") if embedded else path
+        return source_of(row["image"], row["row"])
 
     def without(self, left_out: set[int]) -> "LabelledImages":
         """All images but those of the indices given.
@@ -121,8 +120,7 @@ def decode(encoded: dict[str, Any], num_channels: int = 3) -> Tensor:
     Raises:
         ValueError: if channels other than 3 (RGB) and 1 (grey) are asked for and the image has another number of them.
     """
-    source = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
-    with PIL.Image.open(source) as image:
+    with PIL.Image.open(_opened(encoded)) as image:
         check_file_size(image)  # before anything decodes it
         upright = PIL.ImageOps.exif_transpose(image)
         if num_channels != 1:
@@ -132,6 +130,28 @@ def decode(encoded: dict[str, Any], num_channels: int = 3) -> Tensor:
     if pixels.shape[0] != num_channels:
         raise ValueError(f"Expected an image of {num_channels} channels, got one of {pixels.shape[0]}")
     return pixels
+
+
+def decode_label_map(encoded: dict[str, Any]) -> Tensor:
+    """Decode a map of class indices the same way to int64 `(H, W)`.
+
+    Raises:
+        ValueError: if it has several channels or no integer values.
+    """
+    with PIL.Image.open(_opened(encoded)) as image:
+        check_file_size(image)
+        return read_label_map(PIL.ImageOps.exif_transpose(image))
+
+
+def source_of(encoded: dict[str, Any], row: int) -> str:
+    """File of an encoded image, or its row at the source where it is stored in a table."""
+    if encoded["bytes"] is None:
+        return str(encoded["path"])
+    return f"row {row}" + (f" ({encoded['path']})" if encoded["path"] else "")
+
+
+def _opened(encoded: dict[str, Any]) -> Any:
+    return encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
 
 
 def grey(image: Tensor) -> Tensor:
