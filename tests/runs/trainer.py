@@ -99,7 +99,9 @@ class Trainer:
         """As `start`, and wait for the end."""
         return self.start(script, *argv, **more).wait()
 
-    def start_ranks(self, script: str, *argv: Any, faults: Sequence[dict[str, Any] | None] = (None, None)) -> list[Job]:
+    def start_ranks(
+        self, script: str, *argv: Any, faults: Sequence[dict[str, Any] | None] = (None, None)
+    ) -> list[Job]:
         """Start one process per fault (None: no fault), which train one model on the CPU."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -1,20 +1,15 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
 """Checkpoints between two steps that continue a training bit by bit.
 
-Everything random in a training follows from its seed and from where it is (`seeding.py`), so a checkpoint holds weights,
-optimizer, schedule, whatever else learns (averaged weights, teachers, centres), and numbers that say where it is.
-
-A checkpoint is written under a temporary name, its files are listed with their checksums, and it is renamed when it is
-complete; before it is loaded, every file is compared with that list. No pickle is loaded without `weights_only`.
-All processes need to see the same folder.
+Everything random in a training follows from its seed and from where it is (`seeding.py`), so a checkpoint holds
+weights, optimizer, schedule, whatever else learns (averaged weights, teachers, centres), and numbers that say where
+the training is; `checkpoint_files.py` sees to it that it is complete. No pickle is loaded without `weights_only`. All
+processes need to see the same folder.
 """
 
-import hashlib
 import json
-import os
-import re
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,15 +17,29 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed import checkpoint as sharded
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
-_PROGRESS, _MANIFEST, _WEIGHTS = "progress.json", "manifest.json", "model.safetensors"
-_UNFINISHED, _REPLACED = ".unfinished", ".replaced"
-_NAME = re.compile(r"step-(\d{8})")
+from vitreg_hf.training.checkpoint_files import (
+    PROGRESS,
+    begin,
+    checkpoint_of,
+    checkpoint_to_resume,
+    complete,
+    discard,
+    list_checkpoints,
+    rotate,
+    unfinished,
+)
+
+_WEIGHTS = "model.safetensors"
+# What a full disk is to Python, to PyTorch, to safetensors, and to PyTorch's sharded checkpoints.
+_WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
 
 
 class CheckpointError(RuntimeError):
@@ -77,7 +86,7 @@ def save_checkpoint(
         progress: where the training is.
         scheduler: not prepared by the accelerator.
         modules: what else has a state, by name; whole or sharded like the model.
-        keep: how many checkpoints stay, this one included.
+        keep: how many checkpoints stay, this one included; later ones never do.
 
     Returns:
         The checkpoint.
@@ -88,30 +97,42 @@ def save_checkpoint(
     """
     if keep < 1:
         raise ValueError(f"Expected to keep at least 1 checkpoint, got {keep}")
-    final, unfinished = folder / f"step-{progress.step:08d}", folder / _UNFINISHED
+    final, made = checkpoint_of(folder, progress.step), unfinished(folder)
     record = {**asdict(progress), "scheduler": scheduler.state_dict()}
-    error = None
-    try:
+    with _together(accelerator, folder):
         if accelerator.is_main_process:
-            shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
-            unfinished.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        _save_state(accelerator, unfinished)
-        for name, module in (modules or {}).items():
-            _save_module(accelerator, module, unfinished / name)
-        accelerator.wait_for_everyone()
+            begin(folder)
+    with _together(accelerator, folder):
+        _save_state(accelerator, made)
+    for name, module in (modules or {}).items():
+        with _together(accelerator, folder):
+            _save_module(accelerator, module, made / name)
+    with _together(accelerator, folder):
         if accelerator.is_main_process:
-            (unfinished / _PROGRESS).write_text(json.dumps(record, indent=2))
-            _write_manifest(unfinished)
-            _put_in_place(unfinished, final)
-    except (OSError, RuntimeError) as caught:  # a full disk is an OSError to Python and a RuntimeError to PyTorch
-        error = f"{type(caught).__name__}: {caught}"
-    _fail_together(accelerator, error, final)
+            (made / PROGRESS).write_text(json.dumps(record, indent=2))
+            complete(folder, final)
     if accelerator.is_main_process:
-        for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        rotate(final, keep)
     accelerator.wait_for_everyone()
     return final
+
+
+@contextmanager
+def _together(accelerator: Accelerator, folder: Path) -> Iterator[None]:
+    """Raise in all processes what goes wrong in one: those that went on would wait for it forever."""
+    error = None
+    try:
+        yield
+    except _WRITE_ERRORS as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    errors = [one for one in gather_object([error]) if one is not None]
+    if not errors:
+        return
+    if accelerator.is_main_process:
+        discard(folder)
+    kept = list_checkpoints(folder)
+    there = f"the newest that is complete is {kept[-1]}" if kept else "there is none yet"
+    raise CheckpointError(f"Expected to write a checkpoint to {folder}, got {errors[0]}; {there}")
 
 
 def _save_state(accelerator: Accelerator, folder: Path) -> None:
@@ -142,125 +163,7 @@ def _is_sharded(state: Mapping[str, Any]) -> bool:
     return any(isinstance(value, DTensor) for value in state.values())
 
 
-def _write_manifest(folder: Path) -> None:
-    """List every file with its size and checksum, when all of them have reached the disk."""
-    files = {str(file.relative_to(folder)): _fingerprint(file, flush=True) for file in _files(folder)}
-    manifest = folder / _MANIFEST
-    manifest.write_text(json.dumps(files, indent=2))
-    _flush(manifest)
-    _flush(folder)
-
-
-def _put_in_place(unfinished: Path, final: Path) -> None:
-    replaced = final.with_name(_REPLACED)
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():  # of a training that was continued from an earlier step
-        os.replace(final, replaced)
-    os.replace(unfinished, final)
-    _flush(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _fail_together(accelerator: Accelerator, error: str | None, final: Path) -> None:
-    """Raise in all processes what went wrong in one: those that went on would wait for it forever."""
-    errors = [one for one in gather_object([error]) if one is not None]
-    if not errors:
-        return
-    if accelerator.is_main_process:
-        shutil.rmtree(final.with_name(_UNFINISHED), ignore_errors=True)
-    kept = list_checkpoints(final.parent)
-    there = f"the newest that is complete is {kept[-1]}" if kept else "there is none yet"
-    raise CheckpointError(f"Expected to write the checkpoint {final}, got {errors[0]}; {there}")
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _MANIFEST)
-
-
-def _fingerprint(file: Path, flush: bool = False) -> dict[str, Any]:
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    if flush:
-        _flush(file)
-    return {"bytes": file.stat().st_size, "sha256": digest}
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-# Finding
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints that were written to their end, oldest first; whether their files are still good, others say."""
-    named = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
-    return sorted(path for path in named if (path / _MANIFEST).is_file())
-
-
-def broken_files(checkpoint: Path) -> list[str]:
-    """What is wrong with the files of a checkpoint, a line each: missing, of another size, or with other bytes."""
-    try:
-        listed: dict[str, dict[str, Any]] = json.loads((checkpoint / _MANIFEST).read_text())
-        expected = {name: (facts["bytes"], facts["sha256"]) for name, facts in listed.items()}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        return [f"{_MANIFEST}: {error}"]
-    wrong = []
-    for name, (size, digest) in expected.items():
-        file = checkpoint / name
-        if not file.is_file():
-            wrong.append(f"{name}: missing")
-        elif file.stat().st_size != size:
-            wrong.append(f"{name}: {file.stat().st_size} bytes, not {size}")
-        elif _fingerprint(file)["sha256"] != digest:
-            wrong.append(f"{name}: other bytes than were written")
-    return wrong if _PROGRESS in expected else [*wrong, f"{_PROGRESS}: not listed"]
-
-
-def checkpoint_to_resume(wanted: str | None, folder: Path) -> Path | None:
-    """The checkpoint to continue from, with all its files as they were written.
-
-    Args:
-        wanted: path of a checkpoint; `latest` for the newest good one in `folder`; `auto` for the same, or a new
-            training if there is none; None for a new training.
-        folder: where this training keeps its checkpoints.
-
-    Raises:
-        ValueError: if the checkpoint does not exist or is broken, if all of them are, or if a new training would mix
-            its checkpoints with others.
-    """
-    found = list_checkpoints(folder)
-    if wanted is None:
-        if found:
-            raise ValueError(
-                f"Expected a folder without checkpoints for a new training, got {found[-1]}: resume it (latest)"
-            )
-        return None
-    if wanted not in ("latest", "auto"):
-        if wrong := broken_files(Path(wanted)):
-            raise ValueError(f"Expected a complete checkpoint, got {wanted!r} with {'; '.join(wrong)}")
-        return Path(wanted)
-    return _newest_good(found, folder, or_none=wanted == "auto")
-
-
-def _newest_good(found: Sequence[Path], folder: Path, or_none: bool) -> Path | None:
-    broken: list[str] = []
-    for checkpoint in reversed(found):
-        wrong = broken_files(checkpoint)
-        if not wrong:
-            for line in broken:
-                print(f"passed over {line}")
-            return checkpoint
-        broken.append(f"{checkpoint} ({'; '.join(wrong)})")
-    if broken:
-        raise ValueError(f"Expected a complete checkpoint in {folder}, got only broken ones: {', '.join(broken)}")
-    if or_none:
-        return None
-    raise ValueError(f"Expected a complete checkpoint in {folder}, got none")
+# Finding and loading
 
 
 def agreed_checkpoint(accelerator: Accelerator, wanted: str | None, folder: Path) -> Path | None:
@@ -279,9 +182,6 @@ def agreed_checkpoint(accelerator: Accelerator, wanted: str | None, folder: Path
     if refusal is not None:
         raise ValueError(refusal)
     return checkpoint
-
-
-# Loading
 
 
 def load_checkpoint(
@@ -304,7 +204,7 @@ def load_checkpoint(
     Raises:
         ValueError: if the checkpoint was written with other settings, naming them, unless they are accepted.
     """
-    record = json.loads((checkpoint / _PROGRESS).read_text())
+    record = json.loads((checkpoint / PROGRESS).read_text())
     changes = changed_settings(record["settings"], settings)
     if changes and not accept_changes:
         raise ValueError(f"Expected the settings that {checkpoint} was written with: {', '.join(changes)}")
@@ -314,6 +214,7 @@ def load_checkpoint(
     _load_state(accelerator, checkpoint)
     scheduler_state = record.pop("scheduler")
     if changes:  # learning rates, decay and schedule are those of the new settings
+        accelerator.step = 0  # batches so far, whose sum need not be a multiple of what is accumulated from now on
         scheduler.last_epoch = scheduler_state["last_epoch"]
         for group, options, rate in zip(scheduler.optimizer.param_groups, groups, scheduler.get_lr(), strict=True):
             group.update(options, lr=rate)
