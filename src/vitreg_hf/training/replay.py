@@ -161,7 +161,8 @@ class _FirstBroken(TorchDispatchMode):
 
     def __init__(self, modules: ModuleTracker) -> None:
         super().__init__()
-        self.modules, self.found = modules, None
+        self.modules = modules
+        self.found: str | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))

@@ -81,10 +81,12 @@ class TrainingLog:
         self.guard, self.facts = guard or LossGuard(), dict(facts or {})
         self.bar = tqdm(total=total_steps, unit="step", disable=not accelerator.is_main_process)
         self._records: list[Record] = []  # every `_stride`-th, so that a long training does not fill its checkpoints
-        self._stride, self._made, self._last = 1, 0, None
+        self._stride, self._made = 1, 0
+        self._last: Record | None = None
         self._losses: list[float] = []
         self._images, self._seconds = 0, 0.0
-        self._since, self._unread = time.perf_counter(), None
+        self._since = time.perf_counter()
+        self._unread: _Unread | None = None
         self._file_is_ready = False
 
     def __enter__(self) -> "TrainingLog":
@@ -167,7 +169,7 @@ class TrainingLog:
     def records(self) -> list[Record]:
         """At most 200 records, evenly spaced, and the last one: section `steps` of the results."""
         thinned = self._records[:: math.ceil(len(self._records) / _MOST_RECORDS) or 1]
-        return thinned if self._last in (None, *thinned[-1:]) else [*thinned, self._last]
+        return thinned if self._last is None or self._last in thinned[-1:] else [*thinned, self._last]
 
     # Resuming
 
@@ -270,7 +272,7 @@ def _read(named: Mapping[str, Tensor | float]) -> dict[str, float]:
     tensors = {name: value.detach().float() for name, value in named.items() if isinstance(value, Tensor)}
     values = torch.stack(list(tensors.values())).tolist() if tensors else []
     read = dict(zip(tensors, values, strict=True))
-    return {name: read.get(name, value) for name, value in named.items()}  # type: ignore[misc]
+    return {name: read.get(name, value) for name, value in named.items()}
 
 
 def _finite(value: float) -> float | None:
