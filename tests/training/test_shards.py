@@ -34,12 +34,12 @@ def tars(folder: Path, *sizes: int) -> str:
 
 
 def labels(shards: Shards) -> list[int]:
-    return [row.label for shard in range(len(shards)) for row in shards.read(shard)]
+    return [row.label for shard in range(shards.num_shards) for row in shards.read(shard)]
 
 
 def test_tars_are_read_in_order_with_names(tmp_path: Path) -> None:
     shards = file_shards(tars(tmp_path, 3, 2), class_names=NAMES)
-    assert (len(shards), shards.num_images, shards.class_names) == (2, None, NAMES)
+    assert (shards.num_shards, shards.num_images, shards.class_names) == (2, None, NAMES)
     rows = list(shards.read(1))
     assert [row.name for row in rows] == [f"{tmp_path}/train-001.tar: s1/{row}" for row in (0, 1)]
     assert labels(shards) == [0, 1, 0, 0, 1]
@@ -118,7 +118,7 @@ def test_parquet_files_know_how_many_rows_they_hold(tmp_path: Path) -> None:
     for number, size in enumerate((5, 3)):
         write_table(tmp_path / f"{number}.parquet", [image] * size, [0, 1, 0, 1, 0][:size], datasets.Value("int64"))
     shards = file_shards(f"{tmp_path}/*.parquet", class_names=NAMES)
-    assert (len(shards), shards.num_images) == (2, 8)
+    assert (shards.num_shards, shards.num_images) == (2, 8)
     assert [row.name for row in shards.read(1, 1)] == [f"{tmp_path}/1.parquet: row {row}" for row in (1, 2)]
     with pytest.raises(ValueError, match="Expected images in column 'label', got"):
         file_shards(f"{tmp_path}/*.parquet", image_column="label", class_names=NAMES)
@@ -137,7 +137,7 @@ def hub(tmp_path: Path) -> Path:
 
 def test_a_dataset_of_the_hub(hub: Path) -> None:
     train, validation = hub_shards(str(hub))
-    assert (len(train), len(validation)) == (3, 1)
+    assert (train.num_shards, validation.num_shards) == (3, 1)
     assert train.class_names == validation.class_names == NAMES
     assert labels(train) == [0, 1, 0, 0] * 3
     assert train.num_images == 12

@@ -30,7 +30,8 @@ class Numbers:
     def __init__(self, *sizes: int, known: bool = True, broken: tuple[int, ...] = ()) -> None:
         self.sizes, self.known, self.broken, self.rows_read = sizes, known, broken, 0
 
-    def __len__(self) -> int:
+    @property
+    def num_shards(self) -> int:
         return len(self.sizes)
 
     def count(self, shard: int) -> int | None:

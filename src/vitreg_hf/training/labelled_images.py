@@ -57,6 +57,11 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
             raise ValueError(f"Expected a readable image, got {self.source_of(index)}: {error}") from error
 
     @property
+    def num_images(self) -> int:
+        """How many there are."""
+        return len(self)
+
+    @property
     def class_names(self) -> list[str]:
         """Name of each class, by index."""
         return list(self.rows.features["label"].names)

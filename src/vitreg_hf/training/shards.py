@@ -99,7 +99,8 @@ class Shards:
     files: tuple[str, ...] | None = None
     num_images: int | None = None
 
-    def __len__(self) -> int:
+    @property
+    def num_shards(self) -> int:
         """How many shards there are."""
         return int(self.rows.num_shards)
 
@@ -134,7 +135,7 @@ class Shards:
         return f"shard {shard}" if self.files is None else self.files[shard]
 
     def _rows_of(self, shard: int) -> Iterator[dict[str, Any]]:
-        rows = self.rows.shard(num_shards=len(self), index=shard)
+        rows = self.rows.shard(num_shards=self.num_shards, index=shard)
         # Batches, because a loop over rows would split them once more inside a loading process.
         batches = iter(rows.iter(batch_size=_ROWS_AT_ONCE))
         while True:

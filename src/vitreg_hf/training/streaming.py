@@ -56,7 +56,7 @@ class Part:
 
     def pieces(self, epoch: int) -> list[Piece]:
         """What is read in a pass, in order. Over the passes every part gets to see every shard."""
-        number = len(self.shards)
+        number = self.shards.num_shards
         order = self._generator(epoch, 0).permutation(number) if self.seed is not None else np.arange(number)
         if number >= self.count:
             return [Piece(int(shard), 0, 1) for shard in order[self.index :: self.count]]
@@ -94,7 +94,7 @@ class Part:
                 else:
                     yield SampleKey((seen - 1) * self.count + self.index, epoch), row
             empty = 0 if seen else empty + 1
-            if empty > self.count + len(self.shards):  # by then every part has had its turn at every shard
+            if empty > self.count + self.shards.num_shards:  # by then every part has had its turn at every shard
                 raise ValueError(f"Expected images for each of {self.count} loading processes, got none for some")
 
     def _generator(self, epoch: int, use: int) -> np.random.Generator:
