@@ -52,7 +52,7 @@ from vitreg_hf.training.losses import Loss, classification_loss
 from vitreg_hf.training.metrics import Accuracy, TopKAccuracy
 from vitreg_hf.training.optim import create_ema, create_optimizer, create_schedule
 from vitreg_hf.training.results import describe_data, describe_training, staged_folder, write_results
-from vitreg_hf.training.running import Saver, StopRequest, outlive_first_stop
+from vitreg_hf.training.running import Saver, StopRequest, outlive_stop
 from vitreg_hf.training.sampling import BatchStream, SampleStream
 from vitreg_hf.training.seeding import seed_step, seed_weights
 from vitreg_hf.training.sharding import shard_like, spare_copy, whole_model
@@ -113,7 +113,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if settings.push_to_hub:
         settings.hub_model_id = check_access(settings.hub_model_id or f"vitreg-{settings.source_name()}")
     accelerator = create_accelerator(
-        settings.mixed_precision, settings.gradient_accumulation_steps, settings.per_device_train_batch_size
+        *(settings.mixed_precision, settings.gradient_accumulation_steps, settings.per_device_train_batch_size),
+        max_grad_norm=settings.max_grad_norm,
     )
     checkpoint = agreed_checkpoint(accelerator, settings.resume_from_checkpoint, settings.checkpoint_folder)
 
@@ -341,7 +342,7 @@ def train_batches(
         batch_sampler=sampler,
         collate_fn=Collate(transform),
         num_workers=settings.dataloader_num_workers,
-        worker_init_fn=outlive_first_stop,
+        worker_init_fn=outlive_stop,
         pin_memory=accelerator.device.type == "cuda",
     )
     return iter(loader)

@@ -7,6 +7,7 @@ FSDP asked for without GPUs becomes data parallel training. The checks here turn
 """
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ def create_accelerator(
     per_device_train_batch_size: int,
     log_with: list[str] | None = None,
     project_dir: Path | None = None,
+    max_grad_norm: float = 1.0,
 ) -> Accelerator:
     """The accelerator of this launch, whose processes train one model.
 
@@ -31,6 +33,7 @@ def create_accelerator(
         per_device_train_batch_size: images per batch and process, which DeepSpeed wants to be told.
         log_with: trackers by Accelerate's names.
         project_dir: where they write.
+        max_grad_norm: norm that gradients are clipped to (0: not), which DeepSpeed does by itself.
 
     Raises:
         ValueError: as `check_launch`.
@@ -46,8 +49,11 @@ def create_accelerator(
     )
     check_launch(accelerator)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        plugin = accelerator.state.deepspeed_plugin
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = per_device_train_batch_size
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": per_device_train_batch_size,
+            "gradient_accumulation_steps": gradient_accumulation_steps,
+            "gradient_clipping": max_grad_norm,
+        }
     if accelerator.distributed_type == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin
         # Accelerate shards input embeddings by themselves and then fails on the module around them, which the model
@@ -82,7 +88,7 @@ def check_launch(accelerator: Accelerator) -> None:
     if together == 1 and asked > 1:
         raise ValueError(
             f"Expected {asked} processes, as accelerate launch was asked for, got 1: it starts several processes on "
-            "CPUs only with ACCELERATE_USE_CPU=1 and --multi_gpu in place of --cpu (examples/README.md)"
+            "CPUs only with ACCELERATE_USE_CPU=1 and --multi_gpu in place of --cpu (docs/distributed.md)"
         )
     sharded = str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false"))
     if sharded and accelerator.distributed_type != DistributedType.FSDP:
@@ -100,10 +106,16 @@ def _processes_asked_for() -> int:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().split("\0")
     except (OSError, UnicodeDecodeError):
         return 1
-    names = [Path(word).name for word in words]
-    if "launch" not in words or not {"accelerate", "accelerate-launch", "accelerate.commands.launch"} & {*names}:
+    return _processes_in(words[: words.index(sys.argv[0])] if sys.argv[0] in words else words)
+
+
+def _processes_in(words: list[str]) -> int:
+    """Number of processes in the command line of a launcher without the script: its option or its file says it."""
+    names = {Path(word).name for word in words}
+    by_subcommand = "launch" in names and {"accelerate", "accelerate.commands.accelerate_cli"} & names
+    if not by_subcommand and not {"accelerate-launch", "accelerate.commands.launch"} & names:
         return 1
-    given = _value_of(words, "--num_processes") or _value_of(words, "--num-processes")
+    given = _value_of(words, "--num_processes")
     if given is not None:
         return int(given) if given.isdecimal() else 1
     file = Path(_value_of(words, "--config_file") or default_config_file)
@@ -114,9 +126,9 @@ def _processes_asked_for() -> int:
 
 
 def _value_of(words: list[str], option: str) -> str | None:
-    for place, word in enumerate(words):
-        if word == option and place + 1 < len(words):
-            return words[place + 1]
-        if word.startswith(f"{option}="):
-            return word.partition("=")[2]
+    """What follows an option that Accelerate knows with underscores and with hyphens."""
+    for word, following in zip(words, [*words[1:], None], strict=True):
+        name, equals, value = word.partition("=")
+        if name.replace("-", "_") == option.replace("-", "_"):
+            return value if equals else following
     return None
