@@ -1,6 +1,7 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
 """When a training writes a checkpoint, and how it stops when it is asked to."""
 
+import os
 import signal
 import sys
 import threading
@@ -51,17 +52,21 @@ class StopRequest:
         self.received = True
 
 
-def outlive_first_stop(worker: int) -> None:
-    """Have a process that loads images survive the first SIGTERM: the `worker_init_fn` of a loader.
+def outlive_stop(worker: int) -> None:
+    """Have a process that loads images heed its parent's SIGTERM alone: the `worker_init_fn` of a loader.
 
     Schedulers send the signal to every process of a job at once, but a training needs its batches until it has written
-    its checkpoint. The second one ends the process, as the first one would have: a training that exits sends some.
+    its checkpoint. The parent sends it when it exits. Systems that do not tell who sent a signal (macOS) go without.
     """
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # of this thread and those that it starts
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 
-    def receive(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    signal.signal(signal.SIGTERM, receive)
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 class Saver:
