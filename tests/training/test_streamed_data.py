@@ -1,6 +1,11 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
 """Streams as a training takes them."""
 
+import http.server
+import re
+import threading
+from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -89,3 +94,62 @@ def test_what_a_worker_leaves_out_is_named_in_the_batch(tmp_path: Path, workers:
     assert {name for batch in found for name in batch.get("skipped", ())} == {f"{tmp_path}/train-1.tar: 3"}
     with pytest.raises(ValueError, match=r"Expected a readable image, got .*train-1.tar: 3"):
         list(islice(StreamLoading(num_workers=workers).training(data.train, 3, flip, COLLATE, 3), 12))
+
+
+class _Files(http.server.SimpleHTTPRequestHandler):
+    """Serves files, also parts of them, and logs nothing."""
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        content = Path(self.translate_path(self.path)).read_bytes()
+        bounds = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        part = content[int(bounds[1]) : int(bounds[2]) + 1] if bounds else content
+        self.send_response(206 if bounds else 200)
+        if bounds:
+            self.send_header("Content-Range", f"bytes {bounds[1]}-{int(bounds[1]) + len(part) - 1}/{len(content)}")
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Address of the files in `tmp_path`."""
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    handler = partial(_Files, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_shards_elsewhere_are_read_without_being_downloaded(
+    tmp_path: Path, server: str, workers: int, kind: str
+) -> None:
+    """Each worker opens its own connections, also after the process that it comes from has opened some."""
+    if kind == "tar":
+        write_tars(tmp_path)
+        (tmp_path / "train-2.tar").rename(tmp_path / "unused.tar")
+    else:
+        for name in ("train-0", "train-1", "validation-0"):
+            images, labels = [png(image_of_mode("RGB", row)) for row in range(5)], ["cat", "dog", "cat", "dog", "cat"]
+            write_table(tmp_path / f"{name}.parquet", images, labels, datasets.Value("string"))
+        (tmp_path / "names.txt").write_text("cat\ndog\n")
+    names, before = str(tmp_path / "names.txt"), _bytes_in(tmp_path)
+    near = stream_files(f"{tmp_path}/train-*.{kind}", f"{tmp_path}/validation-0.{kind}", class_names=names)
+    far = stream_files(f"{server}/train-{{0..1}}.{kind}", f"{server}/validation-0.{kind}", class_names=names)
+    loading = StreamLoading(num_workers=workers, buffer_size=3)
+    batches = [list(islice(loading.training(data.train, 3, flip, COLLATE, 3, 6), 6)) for data in (near, far)]
+    for one, other in zip(*batches, strict=True):
+        assert torch.equal(one["pixel_values"], other["pixel_values"])
+    assert _bytes_in(tmp_path) == before
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
