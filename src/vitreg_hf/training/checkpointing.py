@@ -3,8 +3,9 @@
 
 Everything random in a training follows from its seed and from where it is (`seeding.py`), so a checkpoint holds
 weights, optimizer, schedule, whatever else learns (averaged weights, teachers, centres), and numbers that say where
-the training is; `checkpoint_files.py` sees to it that it is complete. No pickle is loaded without `weights_only`. All
-processes need to see the same folder.
+the training is; `checkpoint_files.py` sees to it that it is complete. No pickle is loaded without `weights_only`, except by
+PyTorch from the index of a sharded checkpoint: resume such from your own only. All processes need to see the same
+folder.
 """
 
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -202,7 +203,8 @@ def load_checkpoint(
             settings then goes on from the step of the checkpoint.
 
     Raises:
-        ValueError: if the checkpoint was written with other settings, naming them, unless they are accepted.
+        ValueError: if the checkpoint was written with other settings, naming them, unless they are accepted; if its
+            weights are sharded and the model is not, or the other way round.
     """
     record = json.loads((checkpoint / PROGRESS).read_text())
     changes = changed_settings(record["settings"], settings)
@@ -210,6 +212,7 @@ def load_checkpoint(
         raise ValueError(f"Expected the settings that {checkpoint} was written with: {', '.join(changes)}")
     if changes and accelerator.is_main_process:
         print(f"continued with other settings than before, so not exactly: {', '.join(changes)}")
+    _check_kind(accelerator, checkpoint)
     groups = _options_of_groups(scheduler.optimizer)
     _load_state(accelerator, checkpoint)
     scheduler_state = record.pop("scheduler")
@@ -223,6 +226,16 @@ def load_checkpoint(
     for name, module in (modules or {}).items():
         _load_module(module, checkpoint / name)
     return Progress(**{**record, "settings": settings})
+
+
+def _check_kind(accelerator: Accelerator, checkpoint: Path) -> None:
+    kinds = {True: "sharded weights", False: "whole weights"}
+    wanted = accelerator.distributed_type == DistributedType.FSDP
+    found = not (checkpoint / _WEIGHTS).exists()
+    if accelerator.distributed_type != DistributedType.DEEPSPEED and wanted != found:
+        raise ValueError(
+            f"Expected a checkpoint with {kinds[wanted]}, as in this launch, got {checkpoint} with {kinds[found]}"
+        )
 
 
 def _options_of_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
