@@ -23,7 +23,10 @@ DIGITS_SHAPE: dict[str, Any] = {
 }
 # What may be set of a loaded model too: it changes training alone, or the loader sees to it.
 _OF_ANY_MODEL = ("image_size", "pooling")
-MODEL_SETTINGS = (*DIGITS_SHAPE, "num_channels", "drop_path_rate", "drop_path_schedule", "patch_dropout_rate")
+MODEL_SETTINGS = (
+    *DIGITS_SHAPE,
+    *("num_channels", "drop_path_rate", "drop_path_schedule", "drop_path_kind", "patch_dropout_rate"),
+)
 
 DATA_SETTINGS = (
     *("dataset_name", "dataset_config_name", "train_dir", "validation_dir", "train_file", "validation_file"),
@@ -90,6 +93,7 @@ class ImageClassificationSettings(ImageDataSettings, TrainingSettings):
     num_channels: int = option(3, "image channels: 3 for RGB, 1 for grey, or those of the images")
     drop_path_rate: float = option(0.0, "stochastic depth rate (of the last block, if it rises over depth)")
     drop_path_schedule: Literal["linear", "uniform"] = option("linear", "rising over depth, or the same everywhere")
+    drop_path_kind: Literal["mask", "subset"] = option("mask", "subset computes nothing for what is dropped")
     patch_dropout_rate: float = option(0.0, "share of patches that are left out in training; CLS and registers stay")
 
     # Fine-tuning
