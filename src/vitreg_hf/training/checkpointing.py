@@ -3,9 +3,9 @@
 
 Everything random in a training follows from its seed and from where it is (`seeding.py`), so a checkpoint holds
 weights, optimizer, schedule, whatever else learns (averaged weights, teachers, centres), and numbers that say where
-the training is; `checkpoint_files.py` sees to it that it is complete. No pickle is loaded without `weights_only`, except by
-PyTorch from the index of a sharded checkpoint: resume such from your own only. All processes need to see the same
-folder.
+the training is; `checkpoint_files.py` sees to it that it is complete. No pickle is loaded without `weights_only`,
+except by PyTorch from the index of a sharded checkpoint: resume such from your own only. All processes need to see
+the same folder.
 """
 
 import json
