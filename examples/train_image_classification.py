@@ -10,13 +10,15 @@ about 98 % of the 360 test images are classified correctly. `examples/README.md`
 several processes, mixed precision, interrupted trainings and own images.
 """
 
+import math
 import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +28,6 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import HfArgumentParser, PreTrainedModel
 from transformers.hf_argparser import DataClassType
 
@@ -40,6 +41,7 @@ from vitreg_hf.training.augmentation import EvaluationTransform, Mixing, Trainin
 from vitreg_hf.training.checkpointing import Progress, agreed_checkpoint, load_checkpoint, own_totals, totals_of_all
 from vitreg_hf.training.classification_settings import ImageClassificationSettings
 from vitreg_hf.training.data import load_images
+from vitreg_hf.training.guards import LossGuard, TrainingDiverged
 from vitreg_hf.training.labelled_images import (
     Collate,
     ImageClassificationData,
@@ -51,13 +53,17 @@ from vitreg_hf.training.launch import create_accelerator, describe_launch
 from vitreg_hf.training.losses import Loss, classification_loss
 from vitreg_hf.training.metrics import Accuracy, TopKAccuracy
 from vitreg_hf.training.optim import create_ema, create_optimizer, create_schedule
+from vitreg_hf.training.replay import load_replay, replay
 from vitreg_hf.training.results import describe_data, describe_training, staged_folder, write_results
 from vitreg_hf.training.running import Saver, StopRequest, outlive_stop
 from vitreg_hf.training.sampling import BatchStream, SampleStream
 from vitreg_hf.training.seeding import seed_step, seed_weights
 from vitreg_hf.training.sharding import shard_like, spare_copy, whole_model
 from vitreg_hf.training.speed import describe_speed
+from vitreg_hf.training.step_statistics import gradient_norms, register_statistics, token_statistics
 from vitreg_hf.training.timetable import Timetable
+from vitreg_hf.training.trackers import check_trackers, start_trackers, tracker_folder
+from vitreg_hf.training.training_log import TrainingLog
 
 
 @dataclass
@@ -76,6 +82,7 @@ class Training:
     mix: Mixing | None
     eval_loader: Any
     saver: Saver
+    log: TrainingLog
     fixed: dict[str, Any]  # what a run that continues this one must have in common with it
     step: int = 0  # updates of the weights so far
     position: int = 0  # training samples taken so far, by all processes
@@ -85,7 +92,7 @@ class Training:
     def progress(self) -> Progress:
         """Where the training is; to be called by every process."""
         totals = totals_of_all(self.totals)
-        return Progress(self.step, self.position, self.curve, totals, {}, self.fixed)
+        return Progress(self.step, self.position, self.curve, totals, self.log.state(), self.fixed)
 
     def resume(self, progress: Progress) -> None:
         """Go on from where another run of this training was.
@@ -101,6 +108,7 @@ class Training:
             )
         self.step, self.position, self.curve = progress.step, progress.position, progress.curve
         self.totals = own_totals(progress.totals, self.accelerator).to(self.totals)
+        self.log.load_state(progress.log, progress.step)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -112,9 +120,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_license(settings.hub_license)
     if settings.push_to_hub:
         settings.hub_model_id = check_access(settings.hub_model_id or f"vitreg-{settings.source_name()}")
+    trackers = check_trackers(settings.report_to)
     accelerator = create_accelerator(
-        *(settings.mixed_precision, settings.gradient_accumulation_steps, settings.per_device_train_batch_size),
-        max_grad_norm=settings.max_grad_norm,
+        settings.mixed_precision,
+        settings.gradient_accumulation_steps,
+        settings.per_device_train_batch_size,
+        trackers,
+        tracker_folder(settings.output_folder),
     )
     checkpoint = agreed_checkpoint(accelerator, settings.resume_from_checkpoint, settings.checkpoint_folder)
 
@@ -134,7 +146,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         if checkpoint is not None:
             changes = settings.resume_with_changes
             run.resume(load_checkpoint(accelerator, checkpoint, run.fixed, run.scheduler, run.saver.modules, changes))
-        metrics = train(run, train_batches(run, data, processor))
+        if settings.replay is not None:
+            print(replayed(run, Path(settings.replay)))
+            return
+        project, hyperparameters = f"vitreg-{settings.source_name()}", settings.hyperparameters()
+        start_trackers(accelerator, project, settings.output_folder, hyperparameters, run.step)
+        try:
+            metrics = train(run, train_batches(run, data, processor))
+        except TrainingDiverged as error:
+            sys.exit("\n".join([str(error), *error.__notes__, "--replay FOLDER looks into it; a checkpoint goes on"]))
 
     trained: Any = whole_model(accelerator, run.model if run.ema is None else run.ema.module, run.spare)
     if accelerator.is_main_process:
@@ -142,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             **describe_training(settings, accelerator, trained, run.curve, run.timetable.total_epochs),
             "data": describe_data(data, skipped=sorted(str(one) for one in unreadable)),
             "metrics": metrics,
+            "steps": run.log.records,
             "speed": describe_speed(trained, processor, settings.per_device_eval_batch_size),
             "license": settings.hub_license,
             "command": shlex.join(["python", *sys.argv]),
@@ -157,62 +178,80 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(run: Training, batches: Iterator[dict[str, Tensor]]) -> dict[str, Any]:
     """What is left of the training; returns the metrics of its last evaluation."""
     settings, metrics = run.settings, None
-    with tqdm(
-        total=run.timetable.total_steps, initial=run.step, unit="step", disable=not run.accelerator.is_main_process
-    ) as bar:
+    with run.log:
         for epoch in range(len(run.curve), run.timetable.total_epochs):
             if should_stop(run.curve, settings.early_stopping_patience):
                 break
-            train_epoch(run, batches, epoch, bar)
-            trained = time.perf_counter()
-            metrics = evaluate(run)
-            run.curve = [*run.curve, describe_epoch(run, metrics, time.perf_counter() - trained)]
-            run.totals = torch.zeros_like(run.totals)
-            if settings.save_every_epochs and (epoch + 1) % settings.save_every_epochs == 0:
-                run.saver.save(run.progress())
+            train_epoch(run, batches, epoch)
+            with run.log.paused():
+                started = time.perf_counter()
+                metrics = evaluate(run)
+                run.curve = [*run.curve, describe_epoch(run, metrics, time.perf_counter() - started)]
+                run.totals = torch.zeros_like(run.totals)
+                run.log.log_metrics(run.step, {f"eval_{name}": value for name, value in metrics.items()})
+                if settings.save_every_epochs and (epoch + 1) % settings.save_every_epochs == 0:
+                    run.saver.save(run.progress())
+        run.log.flush()
     return metrics or evaluate(run)  # a finished training was resumed
 
 
-def train_epoch(run: Training, batches: Iterator[dict[str, Tensor]], epoch: int, bar: Any) -> None:
+def train_epoch(run: Training, batches: Iterator[dict[str, Tensor]], epoch: int) -> None:
     """The steps of one epoch that are left."""
     run.model.train()
     started = time.perf_counter()
     for step in range(run.step, run.timetable.end_of(epoch + 1)):
         seed_step(run.settings.seed, step, run.accelerator.process_index)
-        sums = train_step(run, islice(batches, run.settings.gradient_accumulation_steps))
-        run.step, run.position = step + 1, run.position + run.timetable.images_per_step
+        taken = list(islice(batches, run.settings.gradient_accumulation_steps))
+        done = train_step(run, taken, with_statistics=run.log.due(step + 1))
+        images = run.timetable.images_per_step
+        run.step, run.position = step + 1, run.position + images
         now = time.perf_counter()
-        run.totals += torch.cat([sums, sums.new_tensor([now - started])]).to(run.totals)
+        run.totals += torch.cat([done.sums, done.sums.new_tensor([now - started])]).to(run.totals)
         started = now
-        bar.update()
-        if run.step % run.settings.logging_steps == 0:  # reading numbers off a GPU makes it wait
-            show(run, epoch, bar)
+        loss, rate = done.sums[0] / done.sums[2], run.optimizer.param_groups[-1]["lr"]
+        run.log.update(run.step, loss, rate, images, taken, done.gradient_norm, done.statistics)
         run.saver.after_step(run.step, run.progress)
 
 
-def train_step(run: Training, batches: Iterator[dict[str, Tensor]]) -> Tensor:
-    """One update of the weights; returns summed loss, right answers and images of this process."""
-    accelerator, settings = run.accelerator, run.settings
+class Step(NamedTuple):
+    """What an update of the weights leaves to tell of it."""
+
+    sums: Tensor  # of this process: loss, right answers, images
+    gradient_norm: Tensor | None
+    statistics: dict[str, Tensor]
+
+
+def train_step(run: Training, batches: Sequence[dict[str, Tensor]], with_statistics: bool) -> Step:
+    """One update of the weights, from one or more batches of this process."""
+    accelerator, settings, module = run.accelerator, run.settings, run.accelerator.unwrap_model(run.model)
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    statistics: dict[str, Tensor] = {}
+    norm = None
     for batch in batches:
         batch = send_to_device(batch, accelerator.device, non_blocking=True)
         images, labels = batch["pixel_values"], batch["labels"]
         inputs, targets = (images, labels) if run.mix is None else run.mix(images, labels)
         with accelerator.accumulate(run.model):
-            logits = run.model(pixel_values=inputs).logits
-            loss = run.loss(logits, targets)
+            outputs = run.model(pixel_values=inputs, output_hidden_states=with_statistics)
+            loss = run.loss(outputs.logits, targets)
             accelerator.backward(loss)
-            if accelerator.sync_gradients and settings.max_grad_norm:
-                accelerator.clip_grad_norm_(run.model.parameters(), settings.max_grad_norm)
+            if accelerator.sync_gradients:
+                largest = settings.max_grad_norm or math.inf  # of infinity, the norm is measured and nothing clipped
+                norm = accelerator.clip_grad_norm_(run.model.parameters(), largest)
+                if with_statistics:
+                    layout = module.base_model.layout
+                    statistics = gradient_norms(module) | register_statistics(module)
+                    statistics |= token_statistics(outputs, layout)
             run.optimizer.step()
             run.optimizer.zero_grad()
-        right = (logits.argmax(dim=-1) == labels).sum()
+        right = (outputs.logits.argmax(dim=-1) == labels).sum()
         sums += torch.stack([loss.detach() * len(labels), right, torch.tensor(len(labels), device=right.device)])
-    if not accelerator.optimizer_step_was_skipped:
-        run.scheduler.step()
-        if run.ema is not None:
-            run.ema.update_parameters(accelerator.unwrap_model(run.model))
-    return sums
+    if accelerator.optimizer_step_was_skipped:  # fp16 overflowed, and has been scaled down
+        return Step(sums, None, statistics)
+    run.scheduler.step()
+    if run.ema is not None:
+        run.ema.update_parameters(module)
+    return Step(sums, norm, statistics)
 
 
 @torch.no_grad()
@@ -246,14 +285,6 @@ def describe_epoch(run: Training, metrics: dict[str, Any], seconds_of_evaluation
         "images_per_second": count * run.accelerator.num_processes / seconds,
         "seconds": seconds / run.accelerator.num_processes + seconds_of_evaluation,
     }
-
-
-def show(run: Training, epoch: int, bar: Any) -> None:
-    """Put the running numbers of this epoch behind the progress bar."""
-    loss, right, count, seconds = run.totals.tolist()
-    speed = count * run.accelerator.num_processes / seconds
-    shown = {"epoch": epoch + 1, "loss": f"{loss / count:.3f}", "images/s": f"{speed:.0f}"}
-    bar.set_postfix(shown if run.mix is not None else shown | {"accuracy": f"{right / count:.3f}"})
 
 
 def should_stop(curve: Sequence[dict[str, Any]], patience: int | None) -> bool:
@@ -313,12 +344,15 @@ def create_training(
         settings.save_total_limit,
         settings.logging_steps,
     )
+    guard = LossGuard(settings.loss_spike_factor)
+    facts = {"seed": settings.seed, "settings": settings.hyperparameters()}
+    log = TrainingLog(accelerator, settings.output_folder, settings.logging_steps, timetable.total_steps, guard, facts)
     fixed = settings.fixed(**describe_launch(accelerator), train_images=len(data.train), classes=data.class_names)
     loss = classification_loss(settings.loss, settings.label_smoothing_factor)
     mix = mixing(len(data.class_names), settings.mixup_alpha, settings.cutmix_alpha)
     return Training(
         *(settings, accelerator, timetable, run_model, ema, spare, run_optimizer, scheduler, loss, mix),
-        *(eval_loader, saver, fixed),
+        *(eval_loader, saver, log, fixed),
     )
 
 
@@ -346,6 +380,22 @@ def train_batches(
         pin_memory=accelerator.device.type == "cuda",
     )
     return iter(loader)
+
+
+def replayed(run: Training, folder: Path) -> str:
+    """What happens in the batches of a step that broke, with the weights that this run has."""
+    batches, facts = load_replay(folder)
+    model = run.accelerator.unwrap_model(run.model).train()
+    seed_step(run.settings.seed, *facts["seed_step"])
+
+    def losses_of(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        images, labels = batch["pixel_values"], batch["labels"]
+        inputs, targets = (images, labels) if run.mix is None else run.mix(images, labels)
+        logits = model(pixel_values=inputs).logits
+        return torch.stack([run.loss(one[None], target[None]) for one, target in zip(logits, targets, strict=True)])
+
+    where = f"step {facts['step']} with the weights after step {run.step}: {facts['reason']}"
+    return "\n\n".join([where, *(replay(model, batch, losses_of).table() for batch in batches)])
 
 
 def save(

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 FILE_SETTINGS = (
     *("recipe", "output_dir", "save_steps", "save_every_epochs", "save_total_limit", "resume_from_checkpoint"),
-    *("resume_with_changes", "logging_steps", "report_to", "loss_spike_factor"),
+    *("resume_with_changes", "logging_steps", "report_to", "loss_spike_factor", "replay"),
 )
 HUB_SETTINGS = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_license")
 
@@ -69,6 +69,8 @@ class TrainingSettings:
     logging_steps: int = option(10, "updates between two records of loss, speed, memory, gradients and registers")
     report_to: list[str] = listed(["none"], "trackers: tensorboard, trackio, wandb, all (that are installed) or none")
     loss_spike_factor: float = option(10.0, "stop when the loss is that many times its median; 0: only if not finite")
+
+    replay: str | None = option(None, "folder of the batches of a step that broke: look into it, and train nothing")
 
     # Files
     output_dir: str | None = option(None, "folder for all that is written; left out: outputs/<name of the data>")
