@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import DataClassType
 
@@ -35,6 +34,7 @@ from vitreg_hf.training.augmentation import EvaluationTransform
 from vitreg_hf.training.checkpointing import Progress, agreed_checkpoint, load_checkpoint, own_totals, totals_of_all
 from vitreg_hf.training.data import load_images
 from vitreg_hf.training.dino_settings import MODEL_SETTINGS, DinoSettings
+from vitreg_hf.training.guards import LossGuard
 from vitreg_hf.training.labelled_images import (
     Collate,
     ImageClassificationData,
@@ -45,7 +45,7 @@ from vitreg_hf.training.labelled_images import (
 from vitreg_hf.training.launch import create_accelerator
 from vitreg_hf.training.nearest_neighbours import knn_accuracy
 from vitreg_hf.training.results import describe_data, hardware, staged_folder, versions, write_results
-from vitreg_hf.training.running import Saver, StopRequest, outlive_first_stop
+from vitreg_hf.training.running import Saver, StopRequest, outlive_stop
 from vitreg_hf.training.sampling import BatchStream, SampleStream
 from vitreg_hf.training.seeding import seed_step, seed_weights
 from vitreg_hf.training.self_supervision.losses import dino_loss, gram_loss, ibot_loss, koleo_loss
@@ -60,7 +60,10 @@ from vitreg_hf.training.self_supervision.student_teacher import (
     update_teacher,
 )
 from vitreg_hf.training.self_supervision.targets import target_rule
+from vitreg_hf.training.step_statistics import gradient_norms, register_statistics
 from vitreg_hf.training.timetable import Timetable
+from vitreg_hf.training.trackers import check_trackers, start_trackers, tracker_folder
+from vitreg_hf.training.training_log import TrainingLog
 
 LOSSES = ("dino", "ibot", "koleo", "gram")
 
@@ -82,15 +85,16 @@ class Training:
     feature_loaders: Sequence[Any]  # of labelled images and of those to be classified
     num_classes: int
     saver: Saver
+    log: TrainingLog
     fixed: dict[str, Any]  # what a run that continues this one must have in common with it
     step: int = 0  # updates of the weights so far
     position: int = 0  # training samples taken so far, by all processes
     curve: list[dict[str, Any]] = field(default_factory=list)
-    totals: Tensor = field(default_factory=lambda: torch.zeros(6, dtype=torch.float64))  # losses, batches, seconds
+    totals: Tensor = field(default_factory=lambda: torch.zeros(6, dtype=torch.float64))  # losses, steps, seconds
 
     def progress(self) -> Progress:
         """Where the training is; to be called by every process."""
-        return Progress(self.step, self.position, self.curve, totals_of_all(self.totals), {}, self.fixed)
+        return Progress(self.step, self.position, self.curve, totals_of_all(self.totals), self.log.state(), self.fixed)
 
     def resume(self, progress: Progress) -> None:
         """Go on from where another run of this training was.
@@ -106,6 +110,7 @@ class Training:
             )
         self.step, self.position, self.curve = progress.step, progress.position, progress.curve
         self.totals = own_totals(progress.totals, self.accelerator).to(self.totals)
+        self.log.load_state(progress.log, progress.step)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -113,7 +118,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     (settings,) = HfArgumentParser(DataClassType(DinoSettings)).parse_args_into_dataclasses(argv)
     accelerator = create_accelerator(
-        settings.mixed_precision, settings.gradient_accumulation_steps, settings.per_device_train_batch_size
+        settings.mixed_precision,
+        settings.gradient_accumulation_steps,
+        settings.per_device_train_batch_size,
+        check_trackers(settings.report_to) or None,
+        tracker_folder(settings.output_folder),
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(f"Expected whole models in every process, got {accelerator.distributed_type.value}")
@@ -129,7 +138,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if checkpoint is not None:
             changes = settings.resume_with_changes
             run.resume(load_checkpoint(accelerator, checkpoint, run.fixed, run.scheduler, run.saver.modules, changes))
-        train(run, train_batches(run, data, processor))
+        start_trackers(
+            *(accelerator, "vitreg-dino", settings.output_folder, settings.hyperparameters()), step=run.step
+        )
+        with run.log:
+            train(run, train_batches(run, data, processor))
 
     if accelerator.is_main_process:
         results = describe(run, data, skipped=sorted(str(one) for one in unreadable))
@@ -142,30 +155,28 @@ def train(run: Training, batches: Iterator[CropBatch]) -> None:
     """What is left of the training. The curve starts with the untrained network."""
     settings, total = run.settings, run.timetable.total_steps
     run.curve = run.curve or [{"step": 0, "knn_accuracy": nearest_neighbours(run)}]
-    with tqdm(total=total, initial=run.step, unit="step", disable=not run.accelerator.is_main_process) as bar:
-        for step in range(run.step, total):
-            started = time.perf_counter()
-            seed_step(settings.seed, step, run.accelerator.process_index)
-            sums = train_step(run, islice(batches, settings.gradient_accumulation_steps))
-            run.step, run.position = step + 1, run.position + run.timetable.images_per_step
-            run.totals += torch.cat([sums, sums.new_tensor([time.perf_counter() - started])]).to(run.totals)
-            bar.update()
-            if run.step % settings.eval_steps == 0 or run.step == total:
+    for step in range(run.step, total):
+        started = time.perf_counter()
+        seed_step(settings.seed, step, run.accelerator.process_index)
+        train_step(run, list(islice(batches, settings.gradient_accumulation_steps)))
+        run.totals[-1] += time.perf_counter() - started
+        if run.step % settings.eval_steps == 0 or run.step == total:
+            with run.log.paused():
                 run.curve = [*run.curve, describe_stretch(run)]
-                run.totals = torch.zeros_like(run.totals)
-                bar.set_postfix({"k-NN": f"{run.curve[-1]['knn_accuracy']:.3f}"})
-            run.saver.after_step(run.step, run.progress)
+            run.log.log_metrics(run.step, {"knn_accuracy": run.curve[-1]["knn_accuracy"]})
+            run.totals = torch.zeros_like(run.totals)
+        run.saver.after_step(run.step, run.progress)
 
 
-def train_step(run: Training, batches: Iterator[CropBatch]) -> Tensor:
-    """One update of student and teacher; returns the summed losses and the number of batches of this process."""
+def train_step(run: Training, batches: Sequence[CropBatch]) -> None:
+    """One update of student and teacher."""
     accelerator, settings, total = run.accelerator, run.settings, run.timetable.total_steps
     warmup = round(settings.warmup_teacher_ratio * total)
     temperature = linear(settings.warmup_teacher_temperature, settings.teacher_temperature, run.step, warmup)
     set_weight_decay(run.optimizer, cosine(settings.weight_decay, settings.weight_decay_end, run.step, total))
     refresh_gram_teacher(run)
-    weights = torch.tensor([getattr(settings, f"{name}_weight") for name in LOSSES], device=accelerator.device)
-    sums = torch.zeros(len(LOSSES) + 1, dtype=torch.float64, device=accelerator.device)
+    sums, norm, statistics = torch.zeros(len(LOSSES), device=accelerator.device), None, {}
+    learning_rate = max(group["lr"] for group in run.optimizer.param_groups)
     for batch in batches:
         masks = masks_of(run, batch)  # on the CPU, whose generator the seed of the step has set
         batch = send_to_device(batch, accelerator.device, non_blocking=True)
@@ -174,17 +185,24 @@ def train_step(run: Training, batches: Iterator[CropBatch]) -> Tensor:
         with accelerator.accumulate(run.student):
             seen = run.student(batch.global_crops, batch.local_crops, masks, hide=True)
             losses = losses_of(run, seen, masks, *targets)
-            accelerator.backward(losses @ weights)
-            if accelerator.sync_gradients and settings.max_grad_norm:
-                accelerator.clip_grad_norm_(run.student.parameters(), settings.max_grad_norm)
+            accelerator.backward(weighted(losses, settings))
+            if accelerator.sync_gradients:
+                if settings.max_grad_norm:
+                    norm = accelerator.clip_grad_norm_(run.student.parameters(), settings.max_grad_norm)
+                if run.log.due(run.step + 1):
+                    statistics = statistics_of(run)
             run.optimizer.step()
             run.optimizer.zero_grad()
-        sums += torch.cat([losses.detach(), losses.new_ones(1)])
+        sums += losses.detach() / len(batches)
     if not accelerator.optimizer_step_was_skipped:
         run.scheduler.step()
         momentum = cosine(settings.teacher_momentum, 1.0, run.step, total)
         update_teacher(run.teacher, accelerator.unwrap_model(run.student), momentum)
-    return sums
+    images = run.timetable.images_per_step
+    run.step, run.position = run.step + 1, run.position + images
+    run.totals[:-1] += torch.cat([sums, sums.new_ones(1)]).to(run.totals)
+    norm = None if accelerator.optimizer_step_was_skipped else norm
+    run.log.update(run.step, weighted(sums, settings), learning_rate, images, batches, norm, statistics)
 
 
 def masks_of(run: Training, batch: CropBatch) -> PatchMasks | None:
@@ -231,6 +249,17 @@ def losses_of(
     return torch.stack([dino, ibot, koleo, gram])
 
 
+def weighted(losses: Tensor, settings: DinoSettings) -> Tensor:
+    """The sum that is minimised, of each of `LOSSES`."""
+    return torch.stack([getattr(settings, f"{name}_weight") * losses[i] for i, name in enumerate(LOSSES)]).sum()
+
+
+def statistics_of(run: Training) -> dict[str, Tensor]:
+    """Gradients and registers of the student, for the log."""
+    backbone = run.accelerator.unwrap_model(run.student).backbone
+    return {**gradient_norms(backbone), **register_statistics(backbone)}
+
+
 def gram_start(run: Training) -> int:
     """The step from which similarities of patches are kept."""
     return round(run.settings.gram_start_ratio * run.timetable.total_steps)
@@ -267,11 +296,9 @@ def features(run: Training, loader: Any) -> tuple[Tensor, Tensor]:
 
 def describe_stretch(run: Training) -> dict[str, Any]:
     """The entry of the steps since the last evaluation in the curve; to be called by every process."""
-    *losses, batches, seconds = run.accelerator.reduce(run.totals, reduction="sum").tolist()
-    means = {f"{name}_loss": total / batches for name, total in zip(LOSSES, losses, strict=True)}
-    seconds /= run.accelerator.num_processes
-    images = batches * run.settings.per_device_train_batch_size
-    speed = {"images_per_second": images / seconds, "seconds": seconds}
+    *losses, steps, seconds = run.accelerator.reduce(run.totals, reduction="mean").tolist()
+    means = {f"{name}_loss": total / steps for name, total in zip(LOSSES, losses, strict=True)}
+    speed = {"images_per_second": steps * run.timetable.images_per_step / seconds, "seconds": seconds}
     return {"step": run.step, "knn_accuracy": nearest_neighbours(run), **means, **speed}
 
 
@@ -327,9 +354,11 @@ def create_training(
         settings.logging_steps,
     )
     launch = {"processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
+    guard, facts = LossGuard(settings.loss_spike_factor), {"seed": settings.seed}
+    log = TrainingLog(accelerator, settings.output_folder, settings.logging_steps, total, guard, facts)
     return Training(
         *(settings, accelerator, timetable, run_student, teacher, gram_teacher, cls_targets, patch_targets),
-        *(run_optimizer, scheduler, loaders, len(data.class_names), saver),
+        *(run_optimizer, scheduler, loaders, len(data.class_names), saver, log),
         settings.fixed(**launch, train_images=len(data.train)),
     )
 
@@ -356,7 +385,7 @@ def train_batches(
         batch_sampler=sampler,
         collate_fn=MultiCropCollate(processor),
         num_workers=settings.dataloader_num_workers,
-        worker_init_fn=outlive_first_stop,
+        worker_init_fn=outlive_stop,
         pin_memory=accelerator.device.type == "cuda",
     )
     return iter(loader)
@@ -383,6 +412,7 @@ def describe(run: Training, data: ImageClassificationData, skipped: Sequence[str
             "n": len(data.evaluation),
         },
         "curve": run.curve,
+        "steps": run.log.records,
         "versions": versions(),
         "hardware": hardware(run.accelerator),
         "seconds": {"train": sum(entry["seconds"] for entry in run.curve[1:])},

@@ -18,6 +18,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from vitreg_hf.model.modeling_vitreg import ViTRegModel
 from vitreg_hf.training.running import STOPPED_EXIT_CODE
+from vitreg_hf.training.training_log import without_timing
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "pretrain_dino.py"
 SMALL = [
@@ -28,7 +29,7 @@ SMALL = [
 # Everything that has a state of its own: a Gram teacher, centres, and several batches per step.
 STATEFUL = [
     *("--gram_weight", "2", "--gram_start_ratio", "0.3", "--targets", "centring", "--patch_head", "separate"),
-    *("--gradient_accumulation_steps", "2", "--dataloader_num_workers", "1"),
+    *("--gradient_accumulation_steps", "2", "--dataloader_num_workers", "1", "--logging_steps", "2"),
 ]
 
 
@@ -72,7 +73,18 @@ def results_in(folder):
 def test_the_results_are_complete(pretrained):
     results = results_in(pretrained)
     assert set(results) == {
-        *("model", "hyperparameters", "data", "metrics", "curve", "versions", "hardware", "seconds", "command")
+        *(
+            "model",
+            "hyperparameters",
+            "data",
+            "metrics",
+            "curve",
+            "steps",
+            "versions",
+            "hardware",
+            "seconds",
+            "command",
+        )
     }
     assert [entry["step"] for entry in results["curve"]] == [0, 3, 6]
     assert results["metrics"]["untrained_knn_accuracy"] == results["curve"][0]["knn_accuracy"]
@@ -86,7 +98,8 @@ def test_the_results_are_complete(pretrained):
 
 def test_the_folder_is_a_backbone_with_processor_and_picture(pretrained):
     files = {file.name for file in pretrained.iterdir() if file.is_file()}
-    assert files == {"config.json", "model.safetensors", "preprocessor_config.json", "knn_curve.png", "results.json"}
+    written = {"knn_curve.png", "results.json", "training_log.jsonl"}
+    assert files == {"config.json", "model.safetensors", "preprocessor_config.json"} | written
     model, processor = AutoModel.from_pretrained(pretrained), AutoImageProcessor.from_pretrained(pretrained)
     assert isinstance(model, ViTRegModel)
     inputs = processor([PIL.Image.new("RGB", (8, 8))], return_tensors="pt")
@@ -131,10 +144,14 @@ def test_a_stopped_training_goes_on_bit_by_bit(pretrain, pretrained, tmp_path):
             expected, found = load_file(theirs / name), load_file(ours / name)
             assert expected.keys() == found.keys()
             assert all(torch.equal(found[key], expected[key]) for key in expected), name
-    assert _without_times(results_in(tmp_path)["curve"]) == _without_times(results_in(pretrained)["curve"])
+    assert without_times(results_in(tmp_path)["curve"]) == without_times(results_in(pretrained)["curve"])
+    records = results_in(pretrained)["steps"]
+    assert [record["step"] for record in records] == [2, 4, 6]
+    assert {"gradient_norm_tokens", "register_norm", "loss", "learning_rate"} <= records[0].keys()
+    assert without_timing(results_in(tmp_path)["steps"]) == without_timing(records)
 
 
-def _without_times(curve):
+def without_times(curve):
     return [{name: value for name, value in entry.items() if "second" not in name} for entry in curve]
 
 
