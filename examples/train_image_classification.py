@@ -10,7 +10,6 @@ about 98 % of the 360 test images are classified correctly. `examples/README.md`
 several processes, mixed precision, interrupted trainings and own images.
 """
 
-import math
 import shlex
 import sys
 import time
@@ -58,7 +57,7 @@ from vitreg_hf.training.results import describe_data, describe_training, staged_
 from vitreg_hf.training.running import Saver, StopRequest, outlive_stop
 from vitreg_hf.training.sampling import BatchStream, SampleStream
 from vitreg_hf.training.seeding import seed_step, seed_weights
-from vitreg_hf.training.sharding import shard_like, spare_copy, whole_model
+from vitreg_hf.training.sharding import clip_gradients, shard_like, spare_copy, whole_model
 from vitreg_hf.training.speed import describe_speed
 from vitreg_hf.training.step_statistics import gradient_norms, register_statistics, token_statistics
 from vitreg_hf.training.timetable import Timetable
@@ -236,8 +235,7 @@ def train_step(run: Training, batches: Sequence[dict[str, Tensor]], with_statist
             loss = run.loss(outputs.logits, targets)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                largest = settings.max_grad_norm or math.inf  # of infinity, the norm is measured and nothing clipped
-                norm = accelerator.clip_grad_norm_(run.model.parameters(), largest)
+                norm = clip_gradients(accelerator, run.model, settings.max_grad_norm)
                 if with_statistics:
                     layout = module.base_model.layout
                     statistics = gradient_norms(module) | register_statistics(module)

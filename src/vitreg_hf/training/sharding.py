@@ -6,10 +6,12 @@ here does nothing to models that stay whole, so that a training reads the same w
 """
 
 import copy
+import math
 from typing import TypeVar
 
+import torch
 from accelerate import Accelerator, DistributedType
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -64,3 +66,20 @@ def whole_model(accelerator: Accelerator, model: nn.Module, spare: Model | None)
     if spare is not None:
         spare.load_state_dict(weights)
     return spare
+
+
+def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor | None:
+    """Scale all gradients so that their norm is not above a number; to be called by every process, before the update.
+
+    Args:
+        accelerator: has prepared the model.
+        model: the prepared model.
+        max_norm: 0: leave gradients as they are.
+
+    Returns:
+        Norm of the gradients of all processes before that, without dimensions; None if DeepSpeed does not tell.
+    """
+    norm = accelerator.clip_grad_norm_(model.parameters(), max_norm or math.inf)
+    if norm is None:
+        return None
+    return norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm, device=accelerator.device)
