@@ -26,12 +26,13 @@ class Quantity:
     """One number of a trained model.
 
     Attributes:
-        title: what it is, for pictures.
+        title: what it is, for pictures; "" if it is not drawn.
         column: the same, short, for tables.
         unit: of the numbers that are shown, or "".
         factor: from the number in `results.json` to the one that is shown.
         of_first: compared as a share of what it is with the first number of registers, and each seed with itself: its
             models were measured at one time on one machine.
+        better: `more`, `less`, or "" where neither is.
     """
 
     title: str
@@ -39,20 +40,25 @@ class Quantity:
     unit: str = ""
     factor: float = 1.0
     of_first: bool = False
+    better: str = ""
 
+
+_SHARE = "% of the first"
 
 QUANTITIES = {
-    "accuracy": Quantity("held-out images classified correctly", "accuracy", "%", 100),
-    "dense_miou": Quantity("dense: mIoU of a linear probe on patches", "dense mIoU", "%", 100),
-    "largest_over_median": Quantity("artifacts: largest patch norm / median", "max / median norm"),
-    "outlier_share": Quantity("artifacts: patches above 2 medians, last block", "outliers", "%", 100),
-    "outlier_share_before_last": Quantity("the same, one block earlier", "outliers, block before", "%", 100),
-    "register_norm": Quantity("norm of registers / median patch norm", "register norm"),
-    "register_norm_spread": Quantity("largest register norm / smallest", "max / min register"),
-    "register_similarity": Quantity("cosine between two registers", "register cosine"),
-    "images_per_second": Quantity("speed, forward pass", "speed", "% of the first", 100, of_first=True),
-    "flops_per_image": Quantity("operations per image", "operations", "% of the first", 100, of_first=True),
-    "training_bytes_per_image": Quantity("memory per training image", "memory", "% of the first", 100, of_first=True),
+    "accuracy": Quantity("Held-out images classified correctly", "accuracy", "%", 100, better="more"),
+    "dense_miou": Quantity("Dense: mIoU of a linear probe on patches", "dense mIoU", "%", 100, better="more"),
+    "largest_over_median": Quantity("Artifacts: largest patch norm / median", "max / median norm", better="less"),
+    "outlier_share": Quantity("Artifacts: patches above two median norms", "outliers", "%", 100, better="less"),
+    "outlier_share_before_last": Quantity("", "outliers, block before", "%", 100, better="less"),
+    "register_norm": Quantity("Norm of registers / median patch norm", "register norm"),
+    "register_norm_spread": Quantity("", "max / min register"),
+    "register_similarity": Quantity("Cosine between two registers", "register cosine"),
+    "images_per_second": Quantity("Speed of a forward pass", "speed", _SHARE, 100, of_first=True, better="more"),
+    "flops_per_image": Quantity("Operations per image", "operations", _SHARE, 100, of_first=True, better="less"),
+    "training_bytes_per_image": Quantity(
+        "Memory that a training image takes", "memory", _SHARE, 100, of_first=True, better="less"
+    ),
 }
 
 
@@ -200,7 +206,7 @@ def as_markdown(table: Table) -> str:
 def findings(compared: Mapping[str, Any], counts: Sequence[int]) -> list[str]:
     """One sentence per quantity: which numbers of registers differ from the first, and which cannot be told apart."""
     return [
-        _finding(QUANTITIES[name].title, compared[name]["change"], counts[0])
+        _finding(QUANTITIES[name].column, compared[name]["change"], counts[0])
         for name in QUANTITIES
         if "change" in compared.get(name, {})
     ]

@@ -23,7 +23,7 @@ def register_counts_figure(results: Mapping[str, Any], path: Path) -> None:
         path: PNG to write.
     """
     compared, settings = results["compared"], results["settings"]
-    names = [name for name in QUANTITIES if name in compared]
+    names = [name for name, quantity in QUANTITIES.items() if name in compared and quantity.title]
     rows = -(-len(names) // _COLUMNS)
     figure = new_figure(_COLUMNS * _WIDTH, rows * _HEIGHT + 1.3)
     panels = figure.subplots(rows, _COLUMNS, squeeze=False).flat
@@ -73,7 +73,11 @@ def _panel(axes: Axes, name: str, of_quantity: Mapping[str, Any], counts: list[s
             capsize=3,
             label=label,
         )
-    axes.set_title(quantity.title, fontsize=10)
+    better = f"\n({quantity.better} is better)" if quantity.better else "\n"
+    axes.set_title(quantity.title + better, fontsize=9.5)
     axes.set_xticks(range(len(counts)), counts)
     axes.set(xlabel="number of registers", ylabel=quantity.unit, xlim=(-0.5, len(counts) - 0.5))
     axes.grid(alpha=0.3, axis="y")
+    if quantity.unit == "%":  # intervals of few seeds reach beyond what there is
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -2.0) if high > 1 else -0.05, min(high, 102.0) if high > 1 else 1.0)
