@@ -76,7 +76,12 @@ class Trainer:
         )
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
-        self.await_message(-1, "pid", 240)
+        try:
+            self.await_message(-1, "pid", 240)
+        except BaseException:
+            self._process.kill()
+            self.close()
+            raise
 
     def start(
         self, script: str, *argv: Any, fault: dict[str, Any] | None = None, environment: dict[str, str] | None = None
@@ -148,12 +153,6 @@ class Trainer:
         with self._changed:
             self._messages[None] = True
             self._changed.notify_all()
-
-
-def wait_for_all(jobs: Sequence[Job], timeout: float = 120) -> list[Result]:
-    """What the ranks of a launch left; when one of them has died, the others are ended, as a launcher does."""
-    first = jobs[0].wait(timeout) if len(jobs) == 1 else None
-    return [first] if first else [job.wait(timeout) for job in jobs]
 
 
 def _neutral_environment(home: Path) -> dict[str, str]:

@@ -3,11 +3,12 @@
 
     python tests/runs/warm_trainer.py
 
-reads jobs as lines of JSON from stdin: {"id", "script", "argv", "environment", "folder", "fault"}; writes {"id", "pid"}
-when one has begun and {"id", "returncode"} when it has ended (negative: the signal that ended it). A job calls `main`
-of a script of `examples/` in a session of its own, with `folder` as its working directory; its output goes to `stdout`
-and `stderr` there. The environment is all of it that the job sees. The ranks of a launch are jobs that find one
-another by their environment.
+reads jobs as lines of JSON from stdin: {"id", "script", "argv", "environment", "folder", "fault"}; writes
+{"id", "pid"} when one has begun and {"id", "returncode"} when it has ended (negative: the signal that ended it).
+
+A job calls `main` of a script of `examples/` in a session of its own, with `folder` as its working directory; its
+output goes to `stdout` and `stderr` there. The environment is all of it that the job sees. The ranks of a launch are
+jobs that find one another by their environment.
 """
 
 import importlib.util
