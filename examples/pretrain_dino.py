@@ -47,11 +47,11 @@ from vitreg_hf.training.nearest_neighbours import knn_accuracy
 from vitreg_hf.training.results import describe_data, hardware, staged_folder, versions, write_results
 from vitreg_hf.training.running import Saver, StopRequest, outlive_stop
 from vitreg_hf.training.sampling import BatchStream, SampleStream
+from vitreg_hf.training.schedules import cosine, learning_rates, linear, set_weight_decay
 from vitreg_hf.training.seeding import seed_step, seed_weights
 from vitreg_hf.training.self_supervision.losses import dino_loss, gram_loss, ibot_loss, koleo_loss
 from vitreg_hf.training.self_supervision.multi_crop import CropBatch, MultiCrop, MultiCropCollate
 from vitreg_hf.training.self_supervision.patch_masks import PatchMasks, draw_masks
-from vitreg_hf.training.self_supervision.schedules import cosine, learning_rates, linear, set_weight_decay
 from vitreg_hf.training.self_supervision.student_teacher import (
     DinoNetwork,
     NetworkOutput,
@@ -87,10 +87,10 @@ class Training:
     saver: Saver
     log: TrainingLog
     fixed: dict[str, Any]  # what a run that continues this one must have in common with it
+    totals: Tensor  # losses, steps and seconds since the last evaluation; on the device, as reading makes a GPU wait
     step: int = 0  # updates of the weights so far
     position: int = 0  # training samples taken so far, by all processes
     curve: list[dict[str, Any]] = field(default_factory=list)
-    totals: Tensor = field(default_factory=lambda: torch.zeros(6, dtype=torch.float64))  # losses, steps, seconds
 
     def progress(self) -> Progress:
         """Where the training is; to be called by every process."""
@@ -360,6 +360,7 @@ def create_training(
         *(settings, accelerator, timetable, run_student, teacher, gram_teacher, cls_targets, patch_targets),
         *(run_optimizer, scheduler, loaders, len(data.class_names), saver, log),
         settings.fixed(**launch, train_images=len(data.train)),
+        torch.zeros(len(LOSSES) + 2, dtype=torch.float64, device=accelerator.device),
     )
 
 

@@ -321,8 +321,8 @@ def create_training(
     timetable = Timetable(
         images_per_step, len(data.train), settings.num_train_epochs, settings.steps_per_epoch, settings.max_steps
     )
-    optimizer = create_optimizer(model, settings.learning_rate, settings.weight_decay)
-    scheduler = create_schedule(optimizer, timetable.total_steps, settings.warmup_ratio)
+    optimizer = create_optimizer(model, settings)
+    scheduler = create_schedule(optimizer, timetable.total_steps, settings)
     ema, spare = None, spare_copy(accelerator, model)
     if settings.ema_decay is not None:
         ema = create_ema(model, settings.ema_decay)

@@ -1,12 +1,14 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
-"""Decay, schedule and moving average."""
+"""Decay, learning rate by depth, schedule and moving average."""
+
+import builtins
 
 import pytest
 import torch
 
 from vitreg_hf import ViTRegForImageClassification
 from vitreg_hf.training.classification_settings import ImageClassificationSettings
-from vitreg_hf.training.optim import create_ema, create_optimizer, create_schedule, optimizer_steps, parameter_groups
+from vitreg_hf.training.optim import create_ema, create_optimizer, create_schedule, parameter_groups
 
 
 @pytest.fixture
@@ -16,8 +18,9 @@ def model() -> ViTRegForImageClassification:
 
 
 def test_tokens_positions_biases_and_norms_do_not_decay(model: ViTRegForImageClassification) -> None:
-    decayed, exempt = parameter_groups(model, 0.3)
+    decayed, exempt = parameter_groups(model, ImageClassificationSettings(weight_decay=0.3))
     assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.3, 0.0)
+    assert decayed["lr"] == exempt["lr"] == ImageClassificationSettings().learning_rate
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     exempt_names = {names[id(parameter)] for parameter in exempt["params"]}
     assert all(name.endswith("weight") for name in names.values() if name not in exempt_names)
@@ -26,16 +29,52 @@ def test_tokens_positions_biases_and_norms_do_not_decay(model: ViTRegForImageCla
     assert len(decayed["params"]) + len(exempt["params"]) == len(names)
 
 
+# Of the model of one layer: how deep each parameter lies, and whether it is a matrix, a token, or neither.
+DEPTHS = {
+    "vitreg.embeddings.cls_token": (0, "token"),
+    "vitreg.embeddings.register_tokens": (0, "token"),
+    "vitreg.embeddings.position_embeddings": (0, "token"),
+    "vitreg.embeddings.patch_embeddings.projection.weight": (0, "matrix"),
+    "vitreg.embeddings.patch_embeddings.projection.bias": (0, "other"),
+    **{f"vitreg.layers.0.norm{n}.{part}": (1, "other") for n in (1, 2) for part in ("weight", "bias")},
+    **{f"vitreg.layers.0.attention.{n}_proj.weight": (1, "matrix") for n in "qkvo"},
+    **{f"vitreg.layers.0.attention.{n}_proj.bias": (1, "other") for n in "qkvo"},
+    **{f"vitreg.layers.0.mlp.{n}_proj.weight": (1, "matrix") for n in ("up", "down")},
+    **{f"vitreg.layers.0.mlp.{n}_proj.bias": (1, "other") for n in ("up", "down")},
+    **{f"vitreg.layers.0.layer_scale{n}.lambda1": (1, "other") for n in (1, 2)},
+    **{f"vitreg.layernorm.{part}": (2, "other") for part in ("weight", "bias")},
+    "classifier.weight": (2, "matrix"),
+    "classifier.bias": (2, "other"),
+}
+
+
+@pytest.mark.parametrize("decay_tokens", [False, True])
+def test_learning_rate_and_decay_of_every_parameter(model: ViTRegForImageClassification, decay_tokens: bool) -> None:
+    settings = ImageClassificationSettings(
+        learning_rate=0.1, layer_decay=0.5, weight_decay=0.3, decay_tokens=decay_tokens
+    )
+    found = {}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in create_optimizer(model, settings).param_groups:
+        found |= {names[id(p)]: (group["lr"], group["weight_decay"]) for p in group["params"]}
+    decaying = {"matrix", "token"} if decay_tokens else {"matrix"}
+    expected = {
+        name: (0.1 * 0.5 ** (2 - depth), 0.3 if kind in decaying else 0.0) for name, (depth, kind) in DEPTHS.items()
+    }
+    assert found == pytest.approx(expected)
+
+
 def test_frozen_parameters_are_left_out(model: ViTRegForImageClassification) -> None:
     model.vitreg.embeddings.requires_grad_(False)
     frozen = {id(parameter) for parameter in model.vitreg.embeddings.parameters()}
-    for group in create_optimizer(model, 1e-3, 0.1).param_groups:
+    for group in create_optimizer(model, ImageClassificationSettings()).param_groups:
         assert not frozen & {id(parameter) for parameter in group["params"]}
 
 
 def test_the_learning_rate_rises_and_falls(model: ViTRegForImageClassification) -> None:
-    optimizer = create_optimizer(model, 0.5, 0.0)
-    schedule, rates = create_schedule(optimizer, num_steps=20, warmup_ratio=0.2), []
+    settings = ImageClassificationSettings(learning_rate=0.5, warmup_ratio=0.2)
+    optimizer = create_optimizer(model, settings)
+    schedule, rates = create_schedule(optimizer, 20, settings), []
     for _ in range(20):
         rates.append(schedule.get_last_lr()[0])
         optimizer.step()
@@ -43,13 +82,42 @@ def test_the_learning_rate_rises_and_falls(model: ViTRegForImageClassification) 
     assert rates[:5] == pytest.approx([0, 0.125, 0.25, 0.375, 0.5])
     assert rates[12] == pytest.approx(0.25)
     assert schedule.get_last_lr() == pytest.approx([0.0, 0.0])
-    with pytest.raises(ValueError, match="warmup_ratio in"):
-        create_schedule(optimizer, 20, 1.0)
 
 
-def test_a_window_of_accumulation_ends_with_its_epoch() -> None:
-    assert optimizer_steps(num_batches=10, accumulation=4, num_epochs=2) == 6
-    assert optimizer_steps(num_batches=8, accumulation=4, num_epochs=2) == 4
+def test_warm_up_and_end_may_have_a_learning_rate_of_their_own(model: ViTRegForImageClassification) -> None:
+    settings = ImageClassificationSettings(
+        learning_rate=0.5, warmup_steps=4, warmup_learning_rate=0.1, min_learning_rate=0.05, layer_decay=0.5
+    )
+    optimizer = create_optimizer(model, settings)
+    schedule, rates = create_schedule(optimizer, 10, settings), []
+    for _ in range(11):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    top = [rate[-1] for rate in rates]
+    assert top[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert top[10] == pytest.approx(0.05)
+    assert [rate[0] for rate in rates] == pytest.approx([rate * 0.25 for rate in top])  # the lowest layer, always
+    with pytest.raises(ValueError, match="warmup_steps of at most the 3 steps of the training, got 4"):
+        create_schedule(optimizer, 3, settings)
+
+
+def test_lamb_is_that_of_timm(model: ViTRegForImageClassification, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ImageClassificationSettings(optimizer="lamb", weight_decay=0.02)
+    timm = pytest.importorskip("timm")
+    optimizer = create_optimizer(model, settings)
+    assert isinstance(optimizer, timm.optim.Lamb)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.02}
+    real = builtins.__import__
+
+    def without_timm(name, *args, **kwargs):
+        if name.startswith("timm"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_timm)
+    with pytest.raises(ValueError, match="Expected timm for the optimizer lamb"):
+        create_optimizer(model, settings)
 
 
 def test_the_average_starts_as_the_weights_and_moves_slowly(model: ViTRegForImageClassification) -> None:
@@ -61,7 +129,7 @@ def test_the_average_starts_as_the_weights_and_moves_slowly(model: ViTRegForImag
         model.classifier.bias.fill_(2.0)
         ema.update_parameters(model)
     torch.testing.assert_close(ema.module.classifier.bias, torch.full_like(model.classifier.bias, 1.1))
-    with pytest.raises(ValueError, match="ema_decay in"):
+    with pytest.raises(ValueError, match=r"ema_decay in \(0, 1\)"):
         create_ema(model, 1.0)
 
 

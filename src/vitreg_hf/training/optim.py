@@ -1,49 +1,97 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
-"""What the optimizer decays, how the learning rate runs, and the moving average of weights."""
+"""What the optimizer decays, how fast each layer learns, how learning rates run, and the moving average of weights."""
 
-import math
+from typing import Any
 
 import torch
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import get_cosine_schedule_with_warmup
 
 from vitreg_hf.model.modeling_vitreg import ViTRegPreTrainedModel
+from vitreg_hf.training.schedules import warmup_cosine
+from vitreg_hf.training.settings import TrainingSettings
 
 
-def parameter_groups(model: ViTRegPreTrainedModel, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups for an optimizer: weights that decay, and tokens, positions, biases and norms that do not.
+def parameter_groups(model: ViTRegPreTrainedModel, settings: TrainingSettings) -> list[dict[str, Any]]:
+    """Groups for an optimizer: those that decay and those that do not, of every learning rate, from the input up.
 
-    Which is which, the model says (`no_weight_decay`). Frozen parameters are in neither group.
+    How deep a parameter lies and what it is, the model says (`parameter_layers`, `no_weight_decay`,
+    `token_parameters`). CLS, registers, positions and the projection of patches lie lowest. Biases, norms and
+    LayerScale never decay; tokens and positions do with `decay_tokens`: in DINOv2 they do, in DeiT III and timm not.
+    Frozen parameters are in no group. LoRA's matrices lie as deep as what they are added to.
+
+    Args:
+        model: not wrapped.
+        settings: `learning_rate` of the layer next to the output, `layer_decay`, `weight_decay`, `decay_tokens`.
     """
-    exempt = model.no_weight_decay()
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    layers, exempt, tokens = model.parameter_layers(), model.no_weight_decay(), model.token_parameters()
+    top = model.config.num_hidden_layers + 1
+    groups: dict[tuple[int, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = settings.decay_tokens if name in tokens else name not in exempt
+            groups.setdefault((layers[name], decays), []).append(parameter)
     return [
-        {"params": [p for name, p in trained if name not in exempt], "weight_decay": weight_decay},
-        {"params": [p for name, p in trained if name in exempt], "weight_decay": 0.0},
+        {
+            "params": parameters,
+            "lr": settings.learning_rate * settings.layer_decay ** (top - layer),
+            "weight_decay": settings.weight_decay if decays else 0.0,
+        }
+        for (layer, decays), parameters in _joined(groups, top, apart=settings.layer_decay != 1)
     ]
 
 
-def create_optimizer(model: ViTRegPreTrainedModel, learning_rate: float, weight_decay: float) -> AdamW:
-    """AdamW over `parameter_groups`, all of them updated in one kernel."""
-    return AdamW(parameter_groups(model, weight_decay), lr=learning_rate, fused=True)
+Groups = dict[tuple[int, bool], list[torch.nn.Parameter]]
 
 
-def optimizer_steps(num_batches: int, accumulation: int, num_epochs: int) -> int:
-    """Updates of the weights in a training: a window of accumulation ends with its epoch at the latest."""
-    return math.ceil(num_batches / accumulation) * num_epochs
+def _joined(groups: Groups, top: int, apart: bool) -> list[tuple[tuple[int, bool], list[torch.nn.Parameter]]]:
+    """Groups from the input up; if all layers have one learning rate, only those that decay and those that do not."""
+    if apart:
+        return sorted(groups.items(), key=lambda group: group[0])
+    joined: Groups = {}
+    for (_, decays), parameters in groups.items():
+        joined.setdefault((top, decays), []).extend(parameters)
+    return sorted(joined.items(), key=lambda group: not group[0][1])
 
 
-def create_schedule(optimizer: torch.optim.Optimizer, num_steps: int, warmup_ratio: float) -> LambdaLR:
-    """Linear warm-up from 0 over a share of the steps, then half a cosine down to 0.
+def create_optimizer(model: ViTRegPreTrainedModel, settings: TrainingSettings) -> Optimizer:
+    """AdamW, all of whose parameters are updated in one kernel, or LAMB (You et al., arXiv 1904.00962).
 
     Raises:
-        ValueError: if the share is not in [0, 1).
+        ValueError: for LAMB without timm, whose implementation it is.
     """
-    if not 0 <= warmup_ratio < 1:
-        raise ValueError(f"Expected warmup_ratio in [0, 1), got {warmup_ratio}")
-    return get_cosine_schedule_with_warmup(optimizer, round(warmup_ratio * num_steps), num_steps)
+    groups, betas = parameter_groups(model, settings), (settings.adam_beta1, settings.adam_beta2)
+    if settings.optimizer == "adamw":
+        return AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)
+    try:
+        from timm.optim import Lamb
+    except ImportError as error:
+        raise ValueError(
+            'Expected timm for the optimizer lamb, got no such package: pip install "vitreg_hf[convert]"'
+        ) from error
+    return Lamb(groups, lr=settings.learning_rate, betas=betas, max_grad_norm=None)  # the loop clips
+
+
+def create_schedule(optimizer: Optimizer, num_steps: int, settings: TrainingSettings) -> LambdaLR:
+    """Linear warm-up over some of the steps, then half a cosine down, in every group as shares of its learning rate.
+
+    Args:
+        optimizer: gives the highest learning rate of every group.
+        num_steps: of the training.
+        settings: `warmup_steps`, or `warmup_ratio` of all steps; `warmup_learning_rate`, `min_learning_rate`.
+
+    Raises:
+        ValueError: if the warm-up is longer than the training.
+    """
+    given = settings.warmup_steps
+    warmup = round(settings.warmup_ratio * num_steps) if given is None else given
+    if warmup > num_steps:
+        raise ValueError(f"Expected warmup_steps of at most the {num_steps} steps of the training, got {warmup}")
+    first, last = (
+        rate / settings.learning_rate for rate in (settings.warmup_learning_rate, settings.min_learning_rate)
+    )
+    return LambdaLR(optimizer, lambda step: warmup_cosine(1.0, last, step, warmup, num_steps, first))
 
 
 def create_ema(model: torch.nn.Module, decay: float) -> AveragedModel:

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from vitreg_hf.training.self_supervision.schedules import (
+from vitreg_hf.training.schedules import (
     cosine,
     learning_rates,
     linear,
