@@ -40,6 +40,7 @@ def test_results_say_how_not_what_was_trained() -> None:
         (["--ibot_weight", "-1"], "ibot_weight of 0 or more, got -1.0"),
         (["--teacher_temperature", "0"], "teacher_temperature above 0, got 0.0"),
         (["--teacher_momentum", "1.5"], r"teacher_momentum in \(0, 1\], got 1.5"),
+        (["--auto_find_batch_size"], "a chosen batch size, got auto_find_batch_size"),
         (["--optimizer", "lamb"], "the optimizer adamw, got lamb"),
         (["--per_device_train_batch_size", "1"], "2 images per batch or more for koleo_weight, got 1"),
         (["--global_crops_scale", "0.9", "0.5"], "global_crops_scale with 0 < low <= high <= 1"),

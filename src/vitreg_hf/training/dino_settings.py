@@ -17,7 +17,11 @@ MODEL_SETTINGS = (*DIGITS_SHAPE, "drop_path_rate", "drop_path_schedule", "drop_p
 
 @dataclass
 class DinoSettings(ImageDataSettings, TrainingSettings):
-    """The defaults are the digits demo; a setting that makes no sense raises `ValueError` when the object is made."""
+    """The defaults are the digits demo; a setting that makes no sense raises `ValueError` when the object is made.
+
+    For photos, DINOv2 (arXiv 2304.07193) has crops of 0.32-1 and 0.05-0.32 of the area (224 px, and 8 of 96 px), heads
+    of 2048, 256 and 65,536, a teacher of temperature 0.04-0.07 and momentum 0.992-1, and clips to 3.
+    """
 
     # Model
     image_size: int = option(32, "height and width of global crops in pixels")
@@ -36,8 +40,8 @@ class DinoSettings(ImageDataSettings, TrainingSettings):
     # Crops
     num_local_crops: int = option(4, "small crops per image, besides two large ones")
     local_crop_size: int = option(16, "their height and width in pixels")
-    global_crops_scale: list[float] = listed([0.4, 1.0], "area of large crops, as shares of the image")
-    local_crops_scale: list[float] = listed([0.15, 0.4], "area of small crops, as shares of the image")
+    global_crops_scale: list[float] = listed([0.6, 1.0], "area of large crops, as shares of the image")
+    local_crops_scale: list[float] = listed([0.3, 0.6], "area of small crops, as shares of the image")
     horizontal_flip: bool | None = option(None, "mirror half of the crops; left out: all but digits", **SWITCH)
     color_augmentation: bool | None = option(None, "jitter, grey, blur, solarise; left out: all but digits", **SWITCH)
 
@@ -49,7 +53,7 @@ class DinoSettings(ImageDataSettings, TrainingSettings):
     num_prototypes: int = option(256, "outputs of the heads")
     head_hidden_size: int = option(256, "width of the two hidden layers of a head")
     head_bottleneck_size: int = option(64, "width of what is compared with prototypes")
-    patch_head: Literal["shared", "separate"] = option("shared", "masked patches share the head of CLS, or have one")
+    patch_head: Literal["shared", "separate"] = option("separate", "masked patches share the head of CLS, or have one")
 
     # Losses
     dino_weight: float = option(1.0, "weight of the loss on CLS")
@@ -59,19 +63,24 @@ class DinoSettings(ImageDataSettings, TrainingSettings):
     gram_start_ratio: float = option(0.5, "share of the updates after which that begins")
     gram_refresh_steps: int = option(0, "take the teacher of then as the Gram teacher so often; 0: only once")
     student_temperature: float = option(0.1, "temperature of the student")
-    teacher_temperature: float = option(0.07, "temperature of the teacher after its warm-up")
-    warmup_teacher_temperature: float = option(0.04, "temperature of the teacher at the start")
+    teacher_temperature: float = option(0.04, "temperature of the teacher after its warm-up")
+    warmup_teacher_temperature: float = option(0.02, "temperature of the teacher at the start")
     warmup_teacher_ratio: float = option(0.3, "share of the updates in which it rises")
     targets: Literal["sinkhorn", "centring"] = option("sinkhorn", "how collapse of the targets is prevented")
 
-    # Teacher and optimisation
-    teacher_momentum: float = option(0.992, "how much of the teacher stays per update at the start; 1 at the end")
-    weight_decay_end: float = option(0.4, "weight decay at the end, to which it rises from weight_decay")
+    # Teacher and optimisation; names that all trainings have, with the digits' values
+    num_train_epochs: int = option(33, "passes over the training images")
+    per_device_train_batch_size: int = option(32, "images per batch and process")
+    learning_rate: float = option(1e-3, "highest learning rate; not scaled by batch size or processes")
+    weight_decay: float = option(0.04, "weight decay at the start, but for tokens, biases, norms and prototypes")
+    max_grad_norm: float = option(3.0, "gradients are clipped to this norm; 0: not clipped")
+    teacher_momentum: float = option(0.95, "how much of the teacher stays per update at the start; 1 at the end")
+    weight_decay_end: float = option(0.4, "weight decay at the end, to which it goes along a cosine")
     patch_embedding_factor: float = option(1.0, "multiplies the learning rate of the patch projection")
     freeze_last_layer_ratio: float = option(0.0, "share of the updates in which prototypes rest")
 
     # Evaluation
-    eval_steps: int = option(100, "updates between two k-NN evaluations of the teacher; the last update has one, too")
+    eval_steps: int = option(150, "updates between two k-NN evaluations of the teacher; the last update has one, too")
     knn_neighbours: int = option(20, "neighbours that vote")
 
     def __post_init__(self) -> None:
@@ -108,6 +117,8 @@ class DinoSettings(ImageDataSettings, TrainingSettings):
             expect(getattr(self, name) > 0, f"{name} above 0", getattr(self, name))
         expect(0 < self.teacher_momentum <= 1, "teacher_momentum in (0, 1]", self.teacher_momentum)
         expect(self.optimizer == "adamw", "the optimizer adamw", self.optimizer)
+        # Balanced targets and KoLeo look at the whole batch: more batches of fewer images are another training.
+        expect(not self.auto_find_batch_size, "a chosen batch size", "auto_find_batch_size")
         alone = self.koleo_weight > 0 and self.per_device_train_batch_size < 2
         expect(not alone, "2 images per batch or more for koleo_weight", self.per_device_train_batch_size)
 

@@ -195,6 +195,12 @@ def test_tokens_biases_norms_and_prototypes_do_not_decay(config):
         assert found[name]["weight_decay"] == 0.04
 
 
+def test_tokens_decay_where_they_are_to(config):
+    found = grouped_names(DinoNetwork(config, 7, 8, 5), decay_tokens=True)
+    assert found["backbone.embeddings.register_tokens"]["decays"]
+    assert not found["backbone.layernorm.weight"]["decays"]
+
+
 def test_learning_rates_fall_with_depth_and_heads_have_the_full_one(config):
     found = grouped_names(DinoNetwork(config, 7, 8, 5), layer_decay=0.5, patch_embedding_factor=0.2)
     factors = {

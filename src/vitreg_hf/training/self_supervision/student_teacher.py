@@ -120,7 +120,11 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
 
 
 def parameter_groups(
-    student: DinoNetwork, weight_decay: float, layer_decay: float = 1.0, patch_embedding_factor: float = 1.0
+    student: DinoNetwork,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    patch_embedding_factor: float = 1.0,
+    decay_tokens: bool = False,
 ) -> list[dict[str, object]]:
     """Parameters with one learning rate and decay each: what schedules of the two are told apart by.
 
@@ -130,6 +134,7 @@ def parameter_groups(
         weight_decay: of the others.
         layer_decay: learning rate of a layer as a share of that of the layer above it; heads have the full one.
         patch_embedding_factor: multiplies the learning rate of the projection of patches once more.
+        decay_tokens: CLS, registers, mask token and positions decay, too, as DINOv2 has it.
 
     Returns:
         Groups for an optimizer with `params`, `weight_decay`, `lr_factor`, `decays` and `last_layer`: prototypes, that
@@ -137,7 +142,7 @@ def parameter_groups(
     """
     backbone = student.backbone
     layers = {f"backbone.{name}": layer for name, layer in backbone.parameter_layers().items()}
-    exempt = {f"backbone.{name}" for name in backbone.no_weight_decay()}
+    exempt = {f"backbone.{name}" for name in (() if decay_tokens else backbone.token_parameters())}
     top = max(layers.values())
     grouped: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
