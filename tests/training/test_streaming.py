@@ -124,6 +124,10 @@ def test_orders_differ_between_passes_seeds_and_parts() -> None:
         for epoch in (0, 1)
     }
     assert len(orders) == 8
+    of_one_shard = {
+        tuple(row.name for row in Part(Numbers(8), seed=0, buffer_size=8).rows(epoch)) for epoch in range(5)
+    }
+    assert len(of_one_shard) == 5
     in_order = [row.name for row in Part(shards).rows(0)]
     assert in_order == [row.name for row in Part(shards).rows(1)] == sorted(in_order)
 
