@@ -163,7 +163,7 @@ def test_many_classes_have_colours_but_no_legend(drawn):
 
 
 @pytest.mark.parametrize(
-    ("lengths", "names", "captions"), [([], 0, 0), ([2, 1], 2, 2), ([1], 1, 0), ([1], 2, 1), ([0], 1, 1)]
+    ("lengths", "names", "captions"), [([], 0, 0), ([2, 1], 2, 2), ([1], 1, 0), ([1], 2, 1), ([0], 1, 1), ([0], 0, 1)]
 )
 def test_rows_that_do_not_fit_are_refused(tmp_path, lengths, names, captions):
     rows = [[Sample(photo(8, 8))] * length for length in lengths]

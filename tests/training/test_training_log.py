@@ -202,35 +202,62 @@ def test_a_spike_stops_unless_spikes_are_let_pass(tmp_path):
             log.update(21, torch.tensor(1e4), 0.1, 8)
 
 
+# Two processes
+
 PROCESS = """
-import math, sys, torch
+import copy, math, sys, torch
 from pathlib import Path
 from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from vitreg_hf.model.configuration_vitreg import ViTRegConfig
+from vitreg_hf.model.modeling_vitreg import ViTRegForImageClassification
 from vitreg_hf.training.guards import TrainingDiverged
+from vitreg_hf.training.step_statistics import gradient_norms, register_statistics
 from vitreg_hf.training.training_log import TrainingLog
 
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2
+
+torch.manual_seed(0)
+shape = dict(image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_labels=3)
+whole = ViTRegForImageClassification(ViTRegConfig(num_register_tokens=3, **shape))
+sharded = copy.deepcopy(whole)
+for part in (*sharded.base_model.layers, sharded):
+    fully_shard(part, mesh=init_device_mesh("cpu", (2,)))
+images = torch.randn(2, 3, 16, 16)
+for model in (whole, sharded):
+    model(pixel_values=images).logits.square().sum().backward()
+torch.testing.assert_close(gradient_norms(sharded), gradient_norms(whole))
+torch.testing.assert_close(register_statistics(sharded), register_statistics(whole))
+norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) for model in (whole, sharded)]
+print("sharded like whole")
+
 log = TrainingLog(accelerator, Path(sys.argv[1]), 2, 10)
 try:
     for step in range(1, 11):
         bad = step == 5 and accelerator.process_index == 1
         loss = math.nan if bad else 1.0 + accelerator.process_index
-        log.update(step, torch.tensor(loss), 0.1, 8, [{"x": torch.tensor([step, accelerator.process_index])}])
+        batch = {"x": torch.tensor([step, accelerator.process_index])}
+        log.update(step, torch.tensor(loss), 0.1, 8, [batch], norms[1])
 except TrainingDiverged as error:
+    assert all(abs(record["gradient_norm"] - norms[0].item()) < 1e-4 for record in log.records)
     print("stopped", error.step, [record["loss"] for record in log.records])
 accelerator.end_training()
 """
 
 
-def test_all_processes_stop_at_the_loss_of_one_and_each_keeps_its_batch(tmp_path):
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What two processes of one training have printed, and their output folder."""
+    folder = tmp_path_factory.mktemp("two")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(tmp_path)],
+            [sys.executable, "-c", PROCESS, str(folder)],
             env={**os.environ, **launch, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -238,11 +265,22 @@ def test_all_processes_stop_at_the_loss_of_one_and_each_keeps_its_batch(tmp_path
         )
         for rank in (0, 1)
     ]
+    outputs = []
     for process in processes:
         output, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
-        assert "stopped 5 [1.5, 1.5]" in output
+        outputs.append(output)
+    return outputs, folder
+
+
+def test_statistics_of_a_sharded_model_are_those_of_a_whole_one(two_processes):
+    assert all("sharded like whole" in output for output in two_processes[0])
+
+
+def test_all_processes_stop_at_the_loss_of_one_and_each_keeps_its_batch(two_processes):
+    outputs, folder = two_processes
+    assert all("stopped 5 [1.5, 1.5]" in output for output in outputs)
     for rank, own_loss in ((0, 1.0), (1, math.nan)):
-        (kept,), facts = load_replay(tmp_path / "replay" / f"step-00000005-process-{rank}")
+        (kept,), facts = load_replay(folder / "replay" / f"step-00000005-process-{rank}")
         assert kept["x"].tolist() == [5, rank]
         assert facts["own_loss"] == pytest.approx(own_loss, nan_ok=True)

@@ -51,10 +51,11 @@ def _by_kind(group: tuple[str, Any]) -> tuple[int, int]:
 
 def norm_of(tensors: Iterable[Tensor]) -> Tensor:
     """L2 norm of all numbers in tensors, whole or sharded; no tensor has norm 0."""
-    return _whole(get_total_norm(list(tensors)))
+    return whole(get_total_norm(list(tensors)))
 
 
-def _whole(value: Tensor) -> Tensor:
+def whole(value: Tensor) -> Tensor:
+    """A tensor that may be sharded, with all that other processes have of it; to be called by all of them."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
@@ -71,7 +72,7 @@ def register_statistics(model: ViTRegPreTrainedModel) -> dict[str, Tensor]:
     """
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[2] == "register_tokens":
-            registers = _whole(parameter).float()[0]
+            registers = whole(parameter).float()[0]
             found = {"register_norm": registers.norm(dim=-1).mean()}
             return found | _cosine("register_cosine", registers[None])
     return {}

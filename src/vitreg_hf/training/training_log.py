@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from vitreg_hf.training.guards import LossGuard, TrainingDiverged
 from vitreg_hf.training.replay import save_for_replay
-from vitreg_hf.training.step_statistics import memory_megabytes
+from vitreg_hf.training.step_statistics import memory_megabytes, whole
 from vitreg_hf.training.trackers import log_to_trackers
 
 LOG_FILE = "training_log.jsonl"
@@ -106,7 +106,7 @@ class TrainingLog:
         learning_rate: float,
         images: int,
         batches: Sequence[Any] = (),
-        gradient_norm: Tensor | None = None,
+        gradient_norm: Tensor | float | None = None,
         statistics: Mapping[str, Tensor | float] | None = None,
     ) -> None:
         """Tell how a step went; to be called by every process.
@@ -126,13 +126,14 @@ class TrainingLog:
                 have been kept in `replay/` of the folder.
         """
         self.flush()
-        self._unread = self._sent(step, loss, gradient_norm, batches)
+        norm = None if gradient_norm is None else whole(torch.as_tensor(gradient_norm)).detach()
+        self._unread = self._sent(step, loss, norm, batches)
         now = time.perf_counter()
         self._images, self._seconds, self._since = self._images + images, self._seconds + now - self._since, now
         self.bar.update()
         if self.due(step):
             self.flush()
-            self._record(step, learning_rate, gradient_norm, statistics or {})
+            self._record(step, learning_rate, norm, statistics or {})
 
     def flush(self) -> None:
         """Judge the last step; to be called by every process, before weights are kept.
@@ -206,7 +207,7 @@ class TrainingLog:
 
     def _sent(self, step: int, loss: Tensor, gradient_norm: Tensor | None, batches: Sequence[Any]) -> _Unread:
         own = loss.detach().float()
-        norm = torch.zeros_like(own) if gradient_norm is None else gradient_norm.detach().to(own)
+        norm = torch.zeros_like(own) if gradient_norm is None else gradient_norm.to(own)
         # Both over all processes: a number that is not finite in one of them is not finite in all.
         means = self.accelerator.reduce(torch.stack([own, norm]), reduction="mean")
         numbers, arrived = torch.cat([means, own[None]]).to("cpu", non_blocking=True), None

@@ -75,7 +75,7 @@ def augmentation_sheet(
         ValueError: if there is no image, or the numbers of images, names and captions do not fit.
     """
     lengths = {len(row) for row in rows}
-    if lengths != {len(column_names)} or len(rows) != len(captions):
+    if not column_names or lengths != {len(column_names)} or len(rows) != len(captions):
         raise ValueError(
             f"Expected rows of {len(column_names)} images, one for each column, and a caption for each row, "
             f"got {len(rows)} rows of {sorted(lengths)} images and {len(captions)} captions"
