@@ -229,9 +229,7 @@ def test_a_dataset_in_the_format_of_the_hub(image_folder: Path, tmp_path: Path) 
     assert data.hub_id is None  # a local folder is not on the Hub
     renamed = rows.cast_column("label", datasets.ClassLabel(names=["dog", "cat"]))
     renamed.to_parquet(hub / "data" / "validation-00000.parquet")
-    with pytest.raises(
-        ValueError, match=r"numbering of the classes in all files, got another in .*validation-00000"
-    ):
+    with pytest.raises(ValueError, match=r"numbering of the classes in all files, got another in .*validation-00000"):
         load_hub(str(hub))
     (hub / "data" / "train-00000.parquet").unlink()
     with pytest.raises(ValueError, match="Expected a split 'train'"):
