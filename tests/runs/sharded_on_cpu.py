@@ -7,7 +7,6 @@ is told that it shards.
 
 from typing import Any
 
-import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -27,8 +26,6 @@ class ShardingAccelerator(Accelerator):
             cpu_ram_efficient_loading=False,
         )
         super().__init__(fsdp_plugin=plugin, **options)
-        if self.num_processes == 1:  # which shards too, if it is asked to
-            torch.distributed.init_process_group("gloo")
         for state in (AcceleratorState._shared_state, PartialState._shared_state):
             state["distributed_type"] = DistributedType.FSDP
         self.state.fsdp_plugin = plugin

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from vitreg_hf import ViTRegForImageClassification
 
-from .trainer import Result, Trainer, wait_for_all
+from .trainer import Result, Trainer
 
 SHARDED = "../tests/runs/sharded_on_cpu"
 SMALL = ["--num_hidden_layers", "2", "--hidden_size", "32", "--max_train_samples", "160", "--num_train_epochs", "2"]
@@ -35,7 +35,7 @@ def sharded_run(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def run(trainer: Trainer, *argv: Any, processes: int = 2, script: str = SHARDED) -> list[Result]:
-    return wait_for_all(trainer.start_ranks(script, *argv, faults=[None] * processes))
+    return [job.wait() for job in trainer.start_ranks(script, *argv, faults=[None] * processes)]
 
 
 def succeeded(results: Sequence[Result]) -> str:
@@ -99,7 +99,8 @@ def test_merged_weights_are_those_that_the_training_saves(trainer: Trainer, shar
 def test_another_number_of_processes_finds_the_same_weights_if_it_is_accepted(
     trainer: Trainer, sharded_run: Path, tmp_path: Path
 ) -> None:
-    options = [*SMALL, *RANDOM, *AVERAGED, "--output_dir", tmp_path]
+    as_many_images_per_step = ["--gradient_accumulation_steps", 4]
+    options = [*SMALL, *RANDOM, *AVERAGED, *as_many_images_per_step, "--output_dir", tmp_path]
     resume = ["--resume_from_checkpoint", checkpoint(sharded_run, 5)]
     (refused,) = run(trainer, *options, *resume, processes=1)
     assert refused.returncode == 1

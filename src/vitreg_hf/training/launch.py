@@ -44,7 +44,7 @@ def create_accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=gradient_accumulation_steps, sync_with_dataloader=False
         ),
-        log_with=log_with,
+        log_with=log_with or None,  # warns of an empty list
         project_dir=project_dir,
     )
     check_launch(accelerator)
