@@ -7,7 +7,12 @@ from typing import Any
 from vitreg_hf.analysis.figures.canvas import new_figure, save
 
 _UNTRAINED, _TRAINED = "tab:gray", "tab:blue"
-_LOSSES = {"dino": "DINO (CLS)", "ibot": "iBOT (masked patches)", "koleo": "KoLeo (spread)", "gram": "Gram"}
+_LOSSES = {
+    "dino": "DINO (CLS)",
+    "ibot": "iBOT (masked patches)",
+    "koleo": "KoLeo (-log of distances, two crops)",
+    "gram": "Gram",
+}
 
 
 def knn_curve(results: dict[str, Any], path: Path) -> None:
@@ -34,8 +39,10 @@ def knn_curve(results: dict[str, Any], path: Path) -> None:
         values = [entry[f"{name}_loss"] for entry in curve[1:]]
         if any(values):
             losses.plot(steps[1:], values, "o-", markersize=3, label=label)
-    losses.set(title="Losses, mean since the last evaluation", ylabel="nats; KoLeo: -log of distances, both crops")
-    losses.legend()
+    losses.set(title="Losses, mean since the last evaluation", ylabel="loss, before its weight (nats)")
+    low, high = losses.get_ylim()
+    losses.set_ylim(low, high + 0.35 * (high - low))  # room for the legend
+    losses.legend(loc="upper right")
     for axes in (accuracy, losses):
         axes.set_xlabel("updates of the weights")
         axes.grid(alpha=0.3)
