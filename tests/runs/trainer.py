@@ -105,20 +105,25 @@ class Trainer:
         return self.start(script, *argv, **more).wait()
 
     def start_ranks(
-        self, script: str, *argv: Any, faults: Sequence[dict[str, Any] | None] = (None, None)
+        self,
+        script: str,
+        *argv: Any,
+        faults: Sequence[dict[str, Any] | None] = (None, None),
+        environment: dict[str, str] | None = None,
     ) -> list[Job]:
         """Start one process per fault (None: no fault), which train one model on the CPU."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         size = {"WORLD_SIZE": str(len(faults)), "LOCAL_WORLD_SIZE": str(len(faults))}
+        own = environment or {}
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
         return [
             self.start(
                 script,
                 *argv,
                 fault=fault,
-                environment={**size, **address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                environment={**size, **address, "RANK": str(rank), "LOCAL_RANK": str(rank), **own},
             )
             for rank, fault in enumerate(faults)
         ]
