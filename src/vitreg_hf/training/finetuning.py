@@ -1,175 +1,249 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
-"""From a trained model to one that is trained further: other classes, another size, other channels, less to train.
+"""Classifiers made from a checkpoint: other classes, another image size, other channels, and what of them is trained.
 
-Shapes: D channels of the residual stream, C image channels.
+Nothing of what is loaded is random but a head for other classes: positions and the projection of patches are computed
+from those of the checkpoint, and a checkpoint that lacks anything else is refused.
+
+Shapes: C channels, D channels of the residual stream.
 """
 
-import math
+import os
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from vitreg_hf.model.configuration_vitreg import ViTRegConfig
-from vitreg_hf.model.modeling_vitreg import ViTRegForImageClassification
-from vitreg_hf.model.position_embedding import InterpolationRule, PositionInterpolation, split_positions
+from vitreg_hf.model.image_processing_vitreg import ViTRegImageProcessor
+from vitreg_hf.model.modeling_vitreg import ViTRegForImageClassification, ViTRegModel
+from vitreg_hf.model.position_embedding import split_positions
 
-Tuning = Literal["full", "partial", "linear", "lora"]
-_HEAD = "classifier."
+Source = str | os.PathLike[str]
+# What may differ from the checkpoint besides labels, image size and channels: no weight depends on it but the head.
+_CHANGES = {
+    *("drop_path_rate", "drop_path_schedule", "drop_path_kind", "patch_dropout_rate", "pooling"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob"),
+}
 _POSITIONS = "vitreg.embeddings.position_embeddings"
-_PATCHES = "vitreg.embeddings.patch_embeddings.projection.weight"
+_PROJECTION = "vitreg.embeddings.patch_embeddings.projection.weight"
+
+# Loading
 
 
 def load_for_finetuning(
-    source: str,
+    source: Source,
     class_names: Sequence[str],
     image_size: int | None = None,
     num_channels: int | None = None,
     **changes: Any,
 ) -> ViTRegForImageClassification:
-    """A classifier on the backbone of a checkpoint, with labels of its own, in one call.
+    """A classifier for given classes in float32, with the weights of a checkpoint.
 
-    The head is the one of the checkpoint if it was made for the same classes in the same order and reads the same
-    tokens; else it is new. Everything else comes from the checkpoint, or the call fails.
+    The head is that of the checkpoint if this classifies the same classes in the same order from the same pooling;
+    else it is new and random. Positions are resized to the image size by the interpolation rule of the checkpoint, as
+    the model would do at run time; the projection of patches is that of `with_channels`.
 
     Args:
-        source: folder or id on the Hub of a ViTReg: a classifier, any other head, or a backbone.
+        source: folder or id of a ViTReg checkpoint: a backbone, as self-supervision saves it, or any head's model.
         class_names: name of each class, by index.
-        image_size: height and width that the position table is to have; it is resized by the rule of the config, to
-            what the model computes at that size when it runs. None: as it is.
-        num_channels: image channels. The filters of a single channel are the sum of the old ones, so that grey images
-            look to it as they did; more channels repeat the old filters, scaled so that the response keeps its size.
-        changes: fields of the config that only training reads, such as `drop_path_rate`, or `pooling`.
+        image_size: height and width in pixels; None for those of the checkpoint.
+        num_channels: C; None for those of the checkpoint.
+        changes: fields of the config that change training or pooling alone, such as `drop_path_rate`.
 
     Raises:
-        ValueError: if the checkpoint is no ViTReg, lacks weights of the backbone or has some that nothing reads, or
-            sizes do not fit.
+        ValueError: if the checkpoint is of another family, a weight other than a head is missing or unknown, there
+            are no classes, or a field may not be changed.
     """
-    kind = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
-    if kind != ViTRegConfig.model_type:
-        raise ValueError(f"Expected a checkpoint of model type {ViTRegConfig.model_type!r} in {source}, got {kind!r}")
-    loaded, found = ViTRegForImageClassification.from_pretrained(source, output_loading_info=True)
-    missing, unread = set(found["missing_keys"]), set(found["unexpected_keys"])
-    if absent := sorted(name for name in missing if not name.startswith(_HEAD)) + sorted(unread):
-        raise ValueError(f"Expected the weights of a backbone in {source}, got others: {', '.join(absent[:10])}")
-    config = _config_of(loaded.config, class_names, image_size, num_channels, changes)
-    model = ViTRegForImageClassification(config)
-    weights = _fitted(loaded.state_dict(), loaded.config, config)
-    same_head = not missing and _reads_the_same(loaded.config, config)
-    kept = {name: value for name, value in weights.items() if same_head or not name.startswith(_HEAD)}
-    model.load_state_dict({**model.state_dict(), **kept})
+    if not class_names or len(set(class_names)) != len(class_names):
+        raise ValueError(f"Expected one or more class names that differ, got {list(class_names)}")
+    if unknown := sorted(changes.keys() - _CHANGES):
+        raise ValueError(f"Expected changes of {', '.join(sorted(_CHANGES))}, got {', '.join(unknown)}")
+    check_family(source)
+    old, has_head = _classifier(source)
+    model = ViTRegForImageClassification(_config_for(old.config, class_names, image_size, num_channels, changes))
+    weights = old.state_dict() | {
+        _POSITIONS: resized_positions(old.vitreg, model.config.position_grid),
+        _PROJECTION: with_channels(
+            old.vitreg.embeddings.patch_embeddings.projection.weight, model.config.num_channels
+        ),
+    }
+    kept = has_head and _names(old.config) == list(class_names) and old.config.pooling == model.config.pooling
+    if not kept:
+        head = {name: weight for name, weight in model.state_dict().items() if name.startswith("classifier.")}
+        weights = {name: weight for name, weight in weights.items() if not name.startswith("classifier.")} | head
+    model.load_state_dict(weights)
     return model
 
 
-def _config_of(
-    source: ViTRegConfig,
+def check_family(source: Source) -> None:
+    """Refuse checkpoints of other families.
+
+    Raises:
+        ValueError: naming the family.
+    """
+    saved, _ = PreTrainedConfig.get_config_dict(source)
+    family = saved.get("model_type")
+    if family != ViTRegConfig.model_type:
+        raise ValueError(f"Expected a checkpoint of the family {ViTRegConfig.model_type}, got {family} in {source}")
+
+
+def _classifier(source: Source) -> tuple[ViTRegForImageClassification, bool]:
+    """The checkpoint as it is, and whether it has a head that classifies."""
+    model, found = ViTRegForImageClassification.from_pretrained(
+        source, dtype=torch.float32, use_mask_token=False, output_loading_info=True
+    )
+    missing = [name for name in found["missing_keys"] if not name.startswith("classifier.")]
+    for what, names in (("every weight of the backbone", missing), ("no other weights", found["unexpected_keys"])):
+        if names:
+            listed = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            verb = "without" if names is missing else "with"
+            raise ValueError(f"Expected {what} in {source}, got a checkpoint {verb} {listed}")
+    return model, not found["missing_keys"]
+
+
+def _config_for(
+    old: ViTRegConfig,
     class_names: Sequence[str],
     image_size: int | None,
     num_channels: int | None,
     changes: dict[str, Any],
 ) -> ViTRegConfig:
+    given = {"image_size": image_size, "num_channels": num_channels}
+    changes = changes | {name: value for name, value in given.items() if value is not None}
     names = dict(enumerate(class_names))
-    chosen = {"image_size": image_size, "num_channels": num_channels, **changes}
-    return ViTRegConfig.from_dict(
-        {
-            **source.to_dict(),
-            **{name: value for name, value in chosen.items() if value is not None},
-            "id2label": names,
-            "label2id": {name: index for index, name in names.items()},
-            "architectures": None,
-        }
-    )
+    labels = {"id2label": names, "label2id": {name: index for index, name in names.items()}, "problem_type": None}
+    return ViTRegConfig.from_dict(old.to_dict(), **{**labels, **changes})
 
 
-def _reads_the_same(source: ViTRegConfig, config: ViTRegConfig) -> bool:
-    return source.id2label == config.id2label and source.pooling == config.pooling
+def _names(config: ViTRegConfig) -> list[str]:
+    labels = cast(dict[int, str], config.id2label)
+    return [labels[index] for index in sorted(labels)]
 
 
-def _fitted(weights: dict[str, Tensor], source: ViTRegConfig, config: ViTRegConfig) -> dict[str, Tensor]:
-    """Weights with the positions and the filters that another config wants."""
-    positions = resized_positions(weights[_POSITIONS], source, config.position_grid)
-    filters = filters_for_channels(weights[_PATCHES], config.num_channels)
-    return {**weights, _POSITIONS: positions, _PATCHES: filters}
-
-
-def resized_positions(positions: Tensor, config: ViTRegConfig, grid: tuple[int, int]) -> Tensor:
-    """Position table `(1, CLS + rows * columns, D)` for another grid, by the rule of the config that it comes from."""
+@torch.no_grad()
+def resized_positions(model: ViTRegModel, grid: tuple[int, int]) -> Tensor:
+    """Positions of a model for another grid, `(1, CLS + rows * columns, D)`, as it computes them at run time."""
+    config, embeddings = model.config, model.embeddings
+    positions = embeddings.position_embeddings
     if grid == config.position_grid:
         return positions
     cls_position, table = split_positions(positions, config.num_cls_tokens, config.position_grid)
-    resized = PositionInterpolation(InterpolationRule.from_config(config), config.position_grid)(table, grid)
+    resized = embeddings.interpolation(table, grid)
     return resized if cls_position is None else torch.cat([cls_position, resized], dim=1)
 
 
-def filters_for_channels(filters: Tensor, num_channels: int) -> Tensor:
-    """Filters of patches `(D, C, height, width)` for another number of image channels."""
-    have = filters.shape[1]
-    if num_channels == have:
-        return filters
-    if num_channels == 1:
-        return filters.sum(dim=1, keepdim=True)
-    repeated = filters.repeat(1, math.ceil(num_channels / have), 1, 1)[:, :num_channels]
-    return repeated * (have / num_channels)
+@torch.no_grad()
+def with_channels(weight: Tensor, num_channels: int) -> Tensor:
+    """The projection of patches for another number of channels; it answers to grey images as before.
+
+    Images with equal channels get the same features, because the weights of all channels add up to the same: with
+    fewer channels than before, each has an equal share of that sum; with more, they repeat the old ones in turn, and
+    copies of one share its weight. So one channel has the sum over RGB, and six have RGB twice at half weight.
+
+    Args:
+        weight: `(D, old channels, height, width)`.
+        num_channels: C.
+
+    Returns:
+        `(D, C, height, width)`.
+
+    Raises:
+        ValueError: if there is no channel.
+    """
+    old = weight.shape[1]
+    if num_channels < 1:
+        raise ValueError(f"Expected 1 channel or more, got {num_channels}")
+    if num_channels == old:
+        return weight
+    if num_channels < old:
+        return weight.sum(dim=1, keepdim=True).expand(-1, num_channels, -1, -1) / num_channels
+    source = torch.arange(num_channels) % old
+    copies = torch.bincount(source, minlength=old)
+    return weight[:, source] / copies[source].to(weight)[:, None, None]
+
+
+def processor_for(
+    source: Source | None, config: ViTRegConfig, crops: bool, eval_crop_ratio: float
+) -> ViTRegImageProcessor:
+    """How images are prepared for a model: in the size of its config, normalised as those it was trained on.
+
+    Args:
+        source: checkpoint whose mean, std and filter are taken where it has a processor; None for random weights.
+        config: of the model. Of other than three channels, all have the average of the source's means and stds.
+        crops: the model is trained on crops; then the middle of a slightly larger image is evaluated, else all of it.
+        eval_crop_ratio: share of the shorter edge in that middle.
+    """
+    options: dict[str, Any] = {"resample": 2}
+    own = None if source is None else _saved_processor(source)
+    if own is not None:
+        options = {name: getattr(own, name) for name in ("resample", "image_mean", "image_std")}
+    channels = config.num_channels
+    if channels != 3 or len(options.get("image_mean", [0] * 3)) != channels:
+        for name in ("image_mean", "image_std"):
+            values = options.get(name, [0.5])
+            options[name] = [sum(values) / len(values)] * channels
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    options |= {"size_divisor": config.patch_size, "do_convert_rgb": channels == 3}
+    exact = {"height": height, "width": width}
+    if not crops:
+        return ViTRegImageProcessor(size=exact, **options)
+    larger = {"shortest_edge": round(max(height, width) / eval_crop_ratio)}
+    return ViTRegImageProcessor(size=larger, crop_size=exact, **options)
+
+
+def _saved_processor(source: Source) -> ViTRegImageProcessor | None:
+    try:
+        return ViTRegImageProcessor.from_pretrained(source)
+    except OSError:  # what Transformers raises if there is none
+        return None
 
 
 # What is trained
 
 
-def choose_trained(model: ViTRegForImageClassification, tuning: Tuning, num_layers: int = 1) -> None:
-    """Freeze what is not to be trained.
+def freeze(
+    model: ViTRegForImageClassification, tuning: Literal["full", "partial", "linear"], num_tuned_layers: int = 0
+) -> None:
+    """Leave gradients to what is tuned; to be called before a model is prepared for several processes.
 
     Args:
-        model: with a head.
-        tuning: `linear` trains the head alone; `partial` the last blocks, the final norm and the head; `full`
-            everything. For `lora`, call `add_lora`.
-        num_layers: blocks that `partial` trains.
+        model: not wrapped.
+        tuning: `full`; `linear`, the head alone; or `partial`, the last blocks, the final norm and the head.
+        num_tuned_layers: how many of the last blocks `partial` tunes.
 
     Raises:
-        ValueError: if the model has fewer blocks.
+        ValueError: if the model has fewer blocks, or for another tuning.
     """
-    blocks = model.config.num_hidden_layers
-    if tuning == "partial" and not 1 <= num_layers <= blocks:
-        raise ValueError(f"Expected num_tuned_layers of 1 to {blocks}, the blocks of the model, got {num_layers}")
-    lowest = {"full": 0, "linear": blocks + 1, "partial": blocks + 1 - num_layers}[tuning]
-    layers = model.parameter_layers()
-    head = {id(parameter) for parameter in model.classifier.parameters()}
-    for name, parameter in model.named_parameters():
-        trained = id(parameter) in head or (tuning != "linear" and layers[name] >= lowest)
-        parameter.requires_grad_(trained)
+    backbone, count = model.vitreg, len(model.vitreg.layers)
+    if tuning == "partial" and not 1 <= num_tuned_layers <= count:
+        raise ValueError(f"Expected num_tuned_layers of 1 to {count}, the blocks of the model, got {num_tuned_layers}")
+    tuned: dict[str, list[torch.nn.Module]] = {
+        "full": [model],
+        "partial": [*list(backbone.layers)[count - num_tuned_layers :], backbone.layernorm, model.classifier],
+        "linear": [model.classifier],
+    }
+    if tuning not in tuned:
+        raise ValueError(f"Expected tuning of {', '.join(tuned)}, got {tuning!r}")
+    model.requires_grad_(False)
+    for part in tuned[tuning]:
+        part.requires_grad_(True)
 
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+def train_mode(model: ViTRegForImageClassification, tuning: str) -> None:
+    """Training mode, in place of `model.train()`.
 
+    With `linear` and `partial` tuning, frozen embeddings and blocks compute as in evaluation: dropout, drop path and
+    patch dropout there would only add noise to features that cannot adapt to it. LayerNorm is the same in both modes.
 
-def add_lora(model: ViTRegForImageClassification, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0) -> None:
-    """Put LoRA (Hu et al., arXiv 2106.09685) on every projection of the blocks; only its matrices and the head learn.
-
-    The projections keep their names (`LORA_TARGETS`), also for adapters that peft itself adds. The model stays what it
-    is, and saves and loads its weights with the matrices until `merge_lora`.
-
-    Raises:
-        ValueError: without peft.
+    Args:
+        model: not wrapped.
+        tuning: as of `freeze`, or `lora`.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ValueError('Expected peft for LoRA, got no such package: pip install "vitreg_hf[train]"') from error
-    named = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    targets = [name for name in LORA_TARGETS if name in named]
-    lora = LoraConfig(r=rank, lora_alpha=cast(int, alpha), lora_dropout=dropout, target_modules=targets)
-    inject_adapter_in_model(lora, model)
-    model.classifier.requires_grad_(True)
-
-
-@torch.no_grad()
-def merge_lora(model: nn.Module) -> None:
-    """Add LoRA's matrices to the projections that they belong to, in place: what is left is a model without LoRA."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.merge(safe_merge=True)
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, module.get_base_layer())
+    model.train()
+    if tuning in ("linear", "partial"):
+        for part in (model.vitreg.embeddings, *model.vitreg.layers):
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()
