@@ -74,10 +74,10 @@ class Training:
     saver: Saver
     log: TrainingLog
     fixed: dict[str, Any]  # what a run that continues this one must have in common with it
+    totals: Tensor  # of this epoch and process: loss, batches, images, seconds
     step: int = 0  # updates of the weights so far
     position: int = 0  # training samples taken so far, by all processes
     curve: list[dict[str, Any]] = field(default_factory=list)
-    totals: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))  # of this epoch and process
 
     def progress(self) -> Progress:
         """Where the training is; to be called by every process."""
@@ -142,8 +142,8 @@ def train(run: Training, batches: Iterator[dict[str, Tensor]]) -> dict[str, Any]
         started = time.perf_counter()
         for step in range(run.step, run.timetable.end_of(epoch + 1)):
             seed_step(settings.seed, step, run.accelerator.process_index)
-            run.totals[:2] += train_step(run, list(islice(batches, settings.gradient_accumulation_steps)))
-            run.totals[2] += time.perf_counter() - started
+            run.totals[:3] += train_step(run, list(islice(batches, settings.gradient_accumulation_steps)))
+            run.totals[3] += time.perf_counter() - started
             started = time.perf_counter()
             run.saver.after_step(run.step, run.progress)
         with run.log.paused():
@@ -163,7 +163,7 @@ def train_mode(run: Training) -> None:
 
 
 def train_step(run: Training, batches: Sequence[dict[str, Tensor]]) -> Tensor:
-    """One update of the weights; returns the summed loss and the number of batches of this process."""
+    """One update of the weights; returns the summed loss, batches and images of this process."""
     accelerator, settings, norm = run.accelerator, run.settings, None
     losses = []
     for batch in batches:
@@ -182,7 +182,8 @@ def train_step(run: Training, batches: Sequence[dict[str, Tensor]]) -> Tensor:
     run.step, run.position = run.step + 1, run.position + run.timetable.images_per_step
     mean = torch.stack(losses).mean()
     run.log.update(run.step, mean, rate, run.timetable.images_per_step, batches, None if skipped else norm)
-    return torch.stack([mean * len(losses), mean.new_tensor(len(losses))]).double().cpu()
+    images = sum(len(batch["labels"]) for batch in batches)
+    return torch.stack([mean * len(losses), mean.new_tensor(len(losses)), mean.new_tensor(images)]).double()
 
 
 @torch.no_grad()
@@ -207,7 +208,7 @@ def predict(model: torch.nn.Module, pixel_values: Tensor, accelerator: Accelerat
 
 def describe_epoch(run: Training, metrics: dict[str, Any]) -> dict[str, Any]:
     """The entry of an epoch in the curve; to be called by every process."""
-    loss, batches, seconds = run.accelerator.reduce(run.totals, reduction="sum").tolist()
+    loss, batches, images, seconds = run.accelerator.reduce(run.totals, reduction="sum").tolist()
     numbers = {"mean_iou": metrics["mean_iou"], "pixel_accuracy": metrics["pixel_accuracy"]}
     run.log.log_metrics(run.step, {f"eval_{name}": value for name, value in numbers.items()})
     return {
@@ -215,6 +216,7 @@ def describe_epoch(run: Training, metrics: dict[str, Any]) -> dict[str, Any]:
         "step": run.step,
         "train_loss": loss / batches,
         **{f"eval_{name}": value for name, value in numbers.items()},
+        "images_per_second": images * run.accelerator.num_processes / seconds,
         "seconds": seconds / run.accelerator.num_processes,
     }
 
@@ -278,8 +280,8 @@ def create_training(
     timetable = Timetable(
         images_per_step, len(data.train), settings.num_train_epochs, settings.steps_per_epoch, settings.max_steps
     )
-    optimizer = create_optimizer(model, settings.learning_rate, settings.weight_decay)
-    scheduler = create_schedule(optimizer, timetable.total_steps, settings.warmup_ratio)
+    optimizer = create_optimizer(model, settings)
+    scheduler = create_schedule(optimizer, timetable.total_steps, settings)
     spare = spare_copy(accelerator, model)
     collate = CollateScenes(SceneEvaluation(unreduced(processor)))
     eval_loader = DataLoader(data.evaluation, settings.per_device_eval_batch_size, collate_fn=collate)
@@ -293,6 +295,7 @@ def create_training(
         *(settings, accelerator, timetable, run_model, spare, run_optimizer, scheduler, eval_loader),
         *(Saver(accelerator, settings.checkpoint_folder, scheduler, {}, *saving), log),
         settings.fixed(**describe_launch(accelerator), train_images=len(data.train), classes=data.class_names),
+        totals=torch.zeros(4, dtype=torch.float64, device=accelerator.device),  # there: reading it would wait
     )
 
 
