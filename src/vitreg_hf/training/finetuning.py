@@ -9,7 +9,7 @@ Shapes: C channels, D channels of the residual stream.
 
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from vitreg_hf.model.configuration_vitreg import ViTRegConfig
 from vitreg_hf.model.image_processing_vitreg import ViTRegImageProcessor
-from vitreg_hf.model.modeling_vitreg import ViTRegForImageClassification, ViTRegModel
+from vitreg_hf.model.modeling_vitreg import ViTRegForImageClassification, ViTRegModel, ViTRegPreTrainedModel
 from vitreg_hf.model.position_embedding import split_positions
 
 Source = str | os.PathLike[str]
@@ -61,7 +61,7 @@ def load_for_finetuning(
     if unknown := sorted(changes.keys() - _CHANGES):
         raise ValueError(f"Expected changes of {', '.join(sorted(_CHANGES))}, got {', '.join(unknown)}")
     check_family(source)
-    old, has_head = _classifier(source)
+    old, has_head = _loaded(ViTRegForImageClassification, source)
     model = ViTRegForImageClassification(_config_for(old.config, class_names, image_size, num_channels, changes))
     weights = old.state_dict() | {
         _POSITIONS: resized_positions(old.vitreg, model.config.position_grid),
@@ -89,11 +89,22 @@ def check_family(source: Source) -> None:
         raise ValueError(f"Expected a checkpoint of the family {ViTRegConfig.model_type}, got {family} in {source}")
 
 
-def _classifier(source: Source) -> tuple[ViTRegForImageClassification, bool]:
-    """The checkpoint as it is, and whether it has a head that classifies."""
-    model, found = ViTRegForImageClassification.from_pretrained(
-        source, dtype=torch.float32, use_mask_token=False, output_loading_info=True
-    )
+def load_backbone(source: Source) -> ViTRegModel:
+    """The backbone of a checkpoint in float32 and evaluation mode, whatever head it has.
+
+    Raises:
+        ValueError: as `load_for_finetuning`.
+    """
+    check_family(source)
+    return _loaded(ViTRegModel, source)[0]
+
+
+Model = TypeVar("Model", bound=ViTRegPreTrainedModel)
+
+
+def _loaded(kind: type[Model], source: Source) -> tuple[Model, bool]:
+    """The checkpoint as it is, and whether it has all weights of a head."""
+    model, found = kind.from_pretrained(source, dtype=torch.float32, use_mask_token=False, output_loading_info=True)
     missing = [name for name in found["missing_keys"] if not name.startswith("classifier.")]
     for what, names in (("every weight of the backbone", missing), ("no other weights", found["unexpected_keys"])):
         if names:
