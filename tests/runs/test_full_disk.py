@@ -21,9 +21,9 @@ def assert_refused_in_a_sentence(ended, folder):
         assert broken_files(folder / "checkpoints" / name) == []
 
 
-@pytest.mark.parametrize("room", [1_000, 20_000, 140_000, 200_000])
+@pytest.mark.parametrize("room", [20_000, 140_000, 200_000])
 def test_no_file_may_grow(trainer, uninterrupted, tmp_path, room):
-    """At 1,000 bytes not even the progress fits, at 200,000 only the optimizer does not."""
+    """At 20,000 bytes the weights do not fit, at 200,000 the optimizer does not."""
     argv = [*RANDOM, *NEWEST, "--output_dir", tmp_path]
     ended = trainer.run(CLASSIFY, *argv, fault={"backward": 14, "room": room})
     assert_refused_in_a_sentence(ended, tmp_path)

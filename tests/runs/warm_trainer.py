@@ -17,11 +17,14 @@ import os
 import selectors
 import signal
 import sys
+import threading
 import traceback
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -112,6 +115,7 @@ def _run(job: dict[str, Any], module: ModuleType) -> None:
         os.environ.update(job["environment"])
         os.chdir(job["folder"])
         _own_cache(Path(job["folder"]))
+        _own_locks()
         faults.install(job["fault"], Path(job["folder"]))
         sys.argv = [str(EXAMPLES / f"{job['script']}.py"), *job["argv"]]
         module.main(job["argv"])
@@ -150,6 +154,15 @@ def _own_cache(folder: Path) -> None:
     import datasets
 
     datasets.config.HF_DATASETS_CACHE = folder / "datasets_cache"
+
+
+def _own_locks() -> None:
+    """Progress bars share a semaphore with the process that forked this one: a job killed with it would stop all."""
+    classes = [tqdm]
+    for bar in classes:
+        classes += bar.__subclasses__()
+        if "_lock" in vars(bar):
+            bar.set_lock(threading.RLock())
 
 
 if __name__ == "__main__":
