@@ -27,8 +27,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
-from transformers import HfArgumentParser, PreTrainedModel
-from transformers.hf_argparser import DataClassType
+from transformers import PreTrainedModel
 
 from vitreg_hf import ViTRegForImageClassification, ViTRegImageProcessor
 from vitreg_hf.analysis.figures import training_curve
@@ -39,7 +38,9 @@ from vitreg_hf.model.fingerprint import fingerprint
 from vitreg_hf.training.augmentation import EvaluationTransform, Mixing, TrainingTransform, mixing
 from vitreg_hf.training.checkpointing import Progress, agreed_checkpoint, load_checkpoint, own_totals, totals_of_all
 from vitreg_hf.training.classification_settings import ImageClassificationSettings
+from vitreg_hf.training.command_line import parse_settings
 from vitreg_hf.training.data import load_images
+from vitreg_hf.training.finetuning import freeze, load_for_finetuning, processor_for, train_mode
 from vitreg_hf.training.guards import LossGuard, TrainingDiverged
 from vitreg_hf.training.labelled_images import (
     Collate,
@@ -49,6 +50,7 @@ from vitreg_hf.training.labelled_images import (
     without_unreadable,
 )
 from vitreg_hf.training.launch import create_accelerator, describe_launch
+from vitreg_hf.training.lora import add_lora, merge_lora
 from vitreg_hf.training.losses import Loss, classification_loss
 from vitreg_hf.training.metrics import Accuracy, TopKAccuracy
 from vitreg_hf.training.optim import create_ema, create_optimizer, create_schedule
@@ -113,8 +115,9 @@ class Training:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, evaluate, and write model, processor, card, results and picture to the output folder."""
     started = time.perf_counter()
-    (settings,) = HfArgumentParser(DataClassType(ImageClassificationSettings)).parse_args_into_dataclasses(argv)
-    config = settings.model_config()
+    settings = parse_settings(ImageClassificationSettings, "image-classification", argv=argv)
+    if settings.init_from is None:
+        settings.model_config()  # sizes that do not fit together are refused before images are read
     if settings.hub_license is not None:
         check_license(settings.hub_license)
     if settings.push_to_hub:
@@ -134,11 +137,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = without_unreadable(data, unreadable, settings.on_corrupt_image)
     if unreadable and accelerator.is_main_process:
         print(f"left out  {len(unreadable)} images that cannot be decoded (listed in results.json)")
-    config.id2label = dict(enumerate(data.class_names))
-    config.label2id = {name: index for index, name in enumerate(data.class_names)}
-    processor = create_processor(settings, config)
-    seed_weights(settings.seed)
-    model = ViTRegForImageClassification(config)
+    model = create_model(settings, data.class_names)
+    crops = settings.crop_scale is not None
+    processor = processor_for(settings.init_from, model.config, crops, settings.eval_crop_ratio)
 
     with StopRequest(accelerator) as stop:
         run = create_training(settings, accelerator, model, data, processor, stop)
@@ -157,6 +158,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     trained: Any = whole_model(accelerator, run.model if run.ema is None else run.ema.module, run.spare)
     if accelerator.is_main_process:
+        if settings.tuning == "lora":
+            merge_lora(trained)
         results = {
             **describe_training(settings, accelerator, trained, run.curve, run.timetable.total_epochs),
             "data": describe_data(data, skipped=sorted(str(one) for one in unreadable)),
@@ -196,7 +199,7 @@ def train(run: Training, batches: Iterator[dict[str, Tensor]]) -> dict[str, Any]
 
 def train_epoch(run: Training, batches: Iterator[dict[str, Tensor]], epoch: int) -> None:
     """The steps of one epoch that are left."""
-    run.model.train()
+    train_mode(run.accelerator.unwrap_model(run.model), run.settings.tuning)
     started = time.perf_counter()
     for step in range(run.step, run.timetable.end_of(epoch + 1)):
         seed_step(run.settings.seed, step, run.accelerator.process_index)
@@ -294,17 +297,25 @@ def should_stop(curve: Sequence[dict[str, Any]], patience: int | None) -> bool:
 # What the loop is put together from
 
 
-def create_processor(settings: ImageClassificationSettings, config: Any) -> ViTRegImageProcessor:
-    """How images are prepared: whole, or after training on crops the middle of a slightly larger image."""
-    size, channels = config.image_size, config.num_channels
-    square = {"height": size, "width": size}
-    options: dict[str, Any] = {"resample": 2, "size_divisor": config.patch_size, "do_convert_rgb": channels == 3}
-    if channels != 3:
-        options |= {"image_mean": [0.5] * channels, "image_std": [0.5] * channels}
-    if settings.crop_scale is None:
-        return ViTRegImageProcessor(size=square, **options)
-    larger = {"shortest_edge": round(size / settings.eval_crop_ratio)}
-    return ViTRegImageProcessor(size=larger, crop_size=square, **options)
+def create_model(settings: ImageClassificationSettings, class_names: Sequence[str]) -> ViTRegForImageClassification:
+    """The model with random weights, or with those of a checkpoint and what is not to be trained frozen."""
+    seed_weights(settings.seed)
+    if settings.init_from is None:
+        config = settings.model_config()
+        config.id2label = dict(enumerate(class_names))
+        config.label2id = {name: index for index, name in enumerate(class_names)}
+        model = ViTRegForImageClassification(config)
+    else:
+        model = load_for_finetuning(
+            settings.init_from, class_names, settings.image_size, settings.num_channels, **settings.model_changes()
+        )
+        if settings.tuning == "lora":
+            add_lora(model, settings.lora_rank, settings.lora_alpha, settings.lora_dropout)
+        else:
+            freeze(model, settings.tuning, settings.num_tuned_layers)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
 
 
 def create_training(

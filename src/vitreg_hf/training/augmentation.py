@@ -32,7 +32,7 @@ class EvaluationTransform:
 class TrainingTransform:
     """Random geometry and colours of single images between decoding and normalisation.
 
-    `augment` draws from torch's global generator, which a data set seeds per sample; calling the transform then makes a
+    `augment` draws from torch's global generator, which a data set seeds per sample; a call of the transform makes a
     batch of augmented images and draws nothing.
 
     Args:
@@ -72,7 +72,7 @@ class TrainingTransform:
             self.steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
 
     def augment(self, image: Tensor) -> Tensor:
-        """One decoded image, uint8 `(C, H, W)`, to the size of the model and augmented; as it is if nothing is random."""
+        """One decoded image, uint8 `(C, H, W)`, sized for the model and augmented; itself if nothing is random."""
         if self.crop is not None:
             image = self.crop(image)
         elif self.steps:

@@ -166,6 +166,11 @@ class ImageClassificationSettings(ImageDataSettings, TrainingSettings):
         shape: dict[str, Any] = {**DIGITS_SHAPE, **given}
         return ViTRegConfig(**{**shape, "layerscale_value": shape["layerscale_value"] or None})
 
+    def model_changes(self) -> dict[str, Any]:
+        """What of the config of a model that is loaded may change: what training alone reads, and the pooling."""
+        names = ("drop_path_rate", "drop_path_schedule", "patch_dropout_rate", "pooling")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
     def _check_model(self) -> None:
         if self.init_from is None:
             expect(

@@ -39,6 +39,11 @@ def describe_training(
     return {
         "model": {
             "name": f"vitreg-{settings.source_name()}",
+            **(
+                {}
+                if settings.init_from is None or os.path.exists(settings.init_from)
+                else {"base_model": settings.init_from}
+            ),
             "parameters": model.num_parameters(),
             **{name: getattr(model.config, name) for name in MODEL_SETTINGS},
         },
