@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from .outcome import CLASSIFY, TINY, checkpoints, differing, outcome
-from .trainer import Result, Trainer
+from .trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 SCRIPT, CONFIGS = ROOT / "examples" / f"{CLASSIFY}.py", ROOT / "examples" / "accelerate_configs"
@@ -115,34 +115,34 @@ def test_two_machines_train_what_two_processes_on_one_train(
 class TestRefused:
     """Launches that would do something else than they were asked to."""
 
-    @pytest.mark.parametrize("by", ["options", "file"])
-    def test_two_processes_of_which_one_is_started(self, launch: Any, tmp_path: Path, by: str) -> None:
-        script, config = tmp_path / "script.py", tmp_path / "multi_cpu.yaml"
+    def test_two_processes_of_which_one_is_started(self, launch: Any, tmp_path: Path) -> None:
+        script = tmp_path / "script.py"
         script.write_text(
             "from vitreg_hf.training.launch import create_accelerator\n"
             "create_accelerator('no', gradient_accumulation_steps=1, per_device_train_batch_size=1)\n"
         )
-        config.write_text("distributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\n")
-        options = {"options": ["--cpu", "--num_processes", 2], "file": ["--config_file", config]}
-        code, said = ended(launch(*options[by], script))
+        code, said = ended(launch("--cpu", "--num_processes", 2, script))
         assert code == 1
         assert "Expected 2 processes, as accelerate launch was asked for, got 1" in said
 
-    def test_processes_that_do_not_know_of_one_another(self, trainer: Trainer, tmp_path: Path) -> None:
-        alone = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-        refused = trainer.run(CLASSIFY, *TINY, "--output_dir", tmp_path / "never", environment=alone)
-        self.assert_refused(refused, "Expected 2 processes that train one model (WORLD_SIZE=2), got 1", tmp_path)
-
-    def test_a_model_that_would_stay_whole(self, trainer: Trainer, tmp_path: Path) -> None:
-        sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-        for ranks in (1, 2):
-            kind = {1: "NO", 2: "MULTI_CPU"}[ranks]
-            options = {"faults": [None] * ranks, "environment": sharded}
-            for job in trainer.start_ranks(CLASSIFY, *TINY, "--output_dir", tmp_path / "never", **options):
-                self.assert_refused(job.wait(), f"Expected a model sharded by FSDP, got {kind}", tmp_path)
-
-    @staticmethod
-    def assert_refused(result: Result, message: str, folder: Path) -> None:
-        assert result.returncode == 1
-        assert message in result.stderr
-        assert not (folder / "never").exists()
+    @pytest.mark.parametrize(
+        ("environment", "message"),
+        [
+            # what torchrun without the variable starts
+            ({"ACCELERATE_USE_CPU": "0"}, "Expected 2 processes that train one model (WORLD_SIZE=2), got 1"),
+            (
+                {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+                "Expected a model sharded by FSDP, got MULTI_CPU",
+            ),
+        ],
+        ids=["processes that do not know of one another", "a model that would stay whole"],
+    )
+    def test_in_every_process(
+        self, trainer: Trainer, tmp_path: Path, environment: dict[str, str], message: str
+    ) -> None:
+        argv = [*TINY, "--output_dir", tmp_path / "never"]
+        for job in trainer.start_ranks(CLASSIFY, *argv, environment=environment):
+            refused = job.wait()
+            assert refused.returncode == 1
+            assert message in refused.stderr
+        assert not (tmp_path / "never").exists()
