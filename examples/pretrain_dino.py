@@ -4,9 +4,11 @@
     accelerate launch examples/pretrain_dino.py
     accelerate launch examples/pretrain_dino.py --train_dir photos/train --validation_dir photos/val ...
 
-Without arguments it trains on the handwritten digits that scikit-learn ships. Labels are used by the evaluation alone:
-the nearest neighbours among the training images vote for the class of a held-out image. What is saved is the teacher's
-backbone, for `AutoModel.from_pretrained`, with its image processor.
+Without arguments it trains on the handwritten digits that scikit-learn ships: some three minutes on one CPU core.
+Labels are used by the evaluation alone, where the 20 nearest neighbours among the training images vote for the class of
+each of 360 held-out images: about 62 % are right with the untrained network, about 88 % in the end. (Of the pixels as
+they are, neighbours tell 97.5 %: these scans lie in the middle of their image and need no network, but show whether one
+learns.) What is saved is the teacher's backbone, for `AutoModel.from_pretrained`, with its image processor.
 """
 
 import shlex
@@ -24,17 +26,16 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import HfArgumentParser
-from transformers.hf_argparser import DataClassType
 
 from vitreg_hf import ViTRegImageProcessor, ViTRegModel
 from vitreg_hf.analysis.figures.self_supervision import knn_curve
 from vitreg_hf.model.fingerprint import fingerprint
 from vitreg_hf.training.augmentation import EvaluationTransform
 from vitreg_hf.training.checkpointing import Progress, agreed_checkpoint, load_checkpoint, own_totals, totals_of_all
+from vitreg_hf.training.command_line import parse_settings
 from vitreg_hf.training.data import load_images
 from vitreg_hf.training.dino_settings import MODEL_SETTINGS, DinoSettings
-from vitreg_hf.training.guards import LossGuard
+from vitreg_hf.training.guards import LossGuard, TrainingDiverged
 from vitreg_hf.training.labelled_images import (
     Collate,
     ImageClassificationData,
@@ -42,7 +43,7 @@ from vitreg_hf.training.labelled_images import (
     find_unreadable,
     without_unreadable,
 )
-from vitreg_hf.training.launch import create_accelerator
+from vitreg_hf.training.launch import create_accelerator, describe_launch
 from vitreg_hf.training.nearest_neighbours import knn_accuracy
 from vitreg_hf.training.results import describe_data, hardware, staged_folder, versions, write_results
 from vitreg_hf.training.running import Saver, StopRequest, outlive_stop
@@ -116,7 +117,7 @@ class Training:
 def main(argv: Sequence[str] | None = None) -> None:
     """Pretrain, evaluate, and write backbone, processor, results and picture to the output folder."""
     started = time.perf_counter()
-    (settings,) = HfArgumentParser(DataClassType(DinoSettings)).parse_args_into_dataclasses(argv)
+    settings = parse_settings(DinoSettings, "self-supervision", argv=argv)
     accelerator = create_accelerator(
         settings.mixed_precision,
         settings.gradient_accumulation_steps,
@@ -141,8 +142,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         start_trackers(
             *(accelerator, "vitreg-dino", settings.output_folder, settings.hyperparameters()), step=run.step
         )
-        with run.log:
-            train(run, train_batches(run, data, processor))
+        try:
+            with run.log:
+                train(run, train_batches(run, data, processor))
+        except TrainingDiverged as error:
+            sys.exit("\n".join([str(error), *error.__notes__]))
 
     if accelerator.is_main_process:
         results = describe(run, data, skipped=sorted(str(one) for one in unreadable))
@@ -353,13 +357,13 @@ def create_training(
         settings.save_total_limit,
         settings.logging_steps,
     )
-    launch = {"processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
-    guard, facts = LossGuard(settings.loss_spike_factor), {"seed": settings.seed}
+    facts = {"seed": settings.seed, "settings": settings.hyperparameters()}
+    guard = LossGuard(settings.loss_spike_factor)
     log = TrainingLog(accelerator, settings.output_folder, settings.logging_steps, total, guard, facts)
     return Training(
         *(settings, accelerator, timetable, run_student, teacher, gram_teacher, cls_targets, patch_targets),
         *(run_optimizer, scheduler, loaders, len(data.class_names), saver, log),
-        settings.fixed(**launch, train_images=len(data.train)),
+        settings.fixed(**describe_launch(accelerator), train_images=len(data.train)),
         torch.zeros(len(LOSSES) + 2, dtype=torch.float64, device=accelerator.device),
     )
 
