@@ -5,10 +5,10 @@
     accelerate launch examples/pretrain_dino.py --train_dir photos/train --validation_dir photos/val ...
 
 Without arguments it trains on the handwritten digits that scikit-learn ships: some three minutes on one CPU core.
-Labels are used by the evaluation alone, where the 20 nearest neighbours among the training images vote for the class of
-each of 360 held-out images: about 62 % are right with the untrained network, about 88 % in the end. (Of the pixels as
-they are, neighbours tell 97.5 %: these scans lie in the middle of their image and need no network, but show whether one
-learns.) What is saved is the teacher's backbone, for `AutoModel.from_pretrained`, with its image processor.
+Labels are used by the evaluation alone: the 20 nearest neighbours among the training images vote for the class of each
+of 360 held-out images. About 62 % are right with the untrained network, about 88 % in the end. (Of the pixels as they
+are, neighbours tell 97.5 %: these scans lie in the middle of their image and need no network, but they show whether
+one learns.) What is saved is the teacher's backbone, for `AutoModel.from_pretrained`, with its image processor.
 """
 
 import shlex
