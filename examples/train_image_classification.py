@@ -138,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unreadable and accelerator.is_main_process:
         print(f"left out  {len(unreadable)} images that cannot be decoded (listed in results.json)")
     model = create_model(settings, data.class_names)
+    data = data.with_channels(model.config.num_channels)
     crops = settings.crop_scale is not None
     processor = processor_for(settings.init_from, model.config, crops, settings.eval_crop_ratio)
 
@@ -381,7 +382,7 @@ def train_batches(
         *(run.position, accelerator.process_index, accelerator.num_processes),
     )
     loader = DataLoader(
-        TrainingImages(data.train.with_channels(settings.num_channels), transform.augment, settings.seed),
+        TrainingImages(data.train, transform.augment, settings.seed),
         batch_sampler=sampler,
         collate_fn=Collate(transform),
         num_workers=settings.dataloader_num_workers,

@@ -20,12 +20,13 @@ from vitreg_hf.training.settings import (
 DIGITS_SHAPE: dict[str, Any] = {
     **{"image_size": 32, "patch_size": 8, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4},
     **{"num_register_tokens": 4, "initializer_range": 0.1, "layerscale_value": 1.0, "pooling": "cls"},
+    "num_channels": 3,
 }
 # What may be set of a loaded model too: it changes training alone, or the loader sees to it.
-_OF_ANY_MODEL = ("image_size", "pooling")
+_OF_ANY_MODEL = ("image_size", "num_channels", "pooling")
 MODEL_SETTINGS = (
     *DIGITS_SHAPE,
-    *("num_channels", "drop_path_rate", "drop_path_schedule", "drop_path_kind", "patch_dropout_rate"),
+    *("drop_path_rate", "drop_path_schedule", "drop_path_kind", "patch_dropout_rate"),
 )
 
 DATA_SETTINGS = (
@@ -90,7 +91,7 @@ class ImageClassificationSettings(ImageDataSettings, TrainingSettings):
     initializer_range: float | None = option(None, "std of initial weights (0.1); widths of several hundred want 0.02")
     layerscale_value: float | None = option(None, "initial value of LayerScale (1.0); 0: no LayerScale")
     pooling: str | None = option(None, "what the classifier reads (cls): cls, mean, cls_mean or cls_register_mean")
-    num_channels: int = option(3, "image channels: 3 for RGB, 1 for grey, or those of the images")
+    num_channels: int | None = option(None, "image channels: RGB (3), 1 for grey, or those of the images")
     drop_path_rate: float = option(0.0, "stochastic depth rate (of the last block, if it rises over depth)")
     drop_path_schedule: Literal["linear", "uniform"] = option("linear", "rising over depth, or the same everywhere")
     drop_path_kind: Literal["mask", "subset"] = option("mask", "subset computes nothing for what is dropped")
@@ -196,6 +197,6 @@ class ImageClassificationSettings(ImageDataSettings, TrainingSettings):
         valid = len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1
         expect(valid, "random_resized_crop_scale with 0 < low <= high <= 1", scale)
         softened = bool(self.label_smoothing_factor) and self.loss == "bce"
-        colours = self.num_channels == 3 or not (self.rand_augment or self.three_augment or self.color_jitter)
+        colours = self.num_channels in (None, 3) or not (self.rand_augment or self.three_augment or self.color_jitter)
         expect(colours, "3 channels for RandAugment, 3-Augment and colour jitter", self.num_channels)
         expect(not softened, "label_smoothing_factor of 0 with the loss bce", self.label_smoothing_factor)

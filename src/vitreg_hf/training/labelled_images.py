@@ -115,6 +115,11 @@ class ImageClassificationData:
         """Name of each class, by index."""
         return self.train.class_names
 
+    def with_channels(self, num_channels: int) -> "ImageClassificationData":
+        """The same images with other channels."""
+        train, evaluation = (split.with_channels(num_channels) for split in (self.train, self.evaluation))
+        return replace(self, train=train, evaluation=evaluation)
+
 
 # Decoding
 
