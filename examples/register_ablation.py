@@ -75,6 +75,7 @@ class AblationSettings:
     max_measured_images: int = option(512, "held-out images whose norms are measured")
     mosaics: int = option(256, "mosaics of training images that the dense probe learns from; half as many score it")
     measured_batch_size: int = option(32, "images at a time when models are measured and timed")
+    timed_seconds: float = option(3.0, "seconds in which the models of a seed take turns at least")
 
     def __post_init__(self) -> None:
         for name in ("num_register_tokens", "seeds"):
@@ -272,7 +273,8 @@ def timed(settings: AblationSettings, seed: int) -> dict[int, float]:
     first = next(iter(subjects.values()))
     blank = torch.zeros(3, 256, 256, dtype=torch.uint8)[: first.model.config.num_channels]
     batch = EvaluationTransform(first.preprocess)([blank] * settings.measured_batch_size).to(first.device)
-    return images_per_second({r: subject.model for r, subject in subjects.items()}, batch)
+    models = {r: subject.model for r, subject in subjects.items()}
+    return images_per_second(models, batch, seconds=settings.timed_seconds)
 
 
 # Writing
