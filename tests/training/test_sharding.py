@@ -70,6 +70,10 @@ class TestCopies:
         assert spare_copy(accelerator, model) is None
         assert whole_model(accelerator, model, None) is model
 
+    def test_weights_that_were_rounded_are_not_averaged(self, model: ViTRegForImageClassification) -> None:
+        with pytest.raises(ValueError, match=r"Expected weights in torch.float32 to average, got torch.bfloat16"):
+            shard_like(copy.deepcopy(model), model.to(torch.bfloat16))
+
     def test_a_copy_is_sharded_as_the_model_is(self, model: ViTRegForImageClassification) -> None:
         whole, inputs = copy.deepcopy(model), pixels()
         average = create_ema(model, 0.5)

@@ -27,7 +27,16 @@ def shard_like(module: nn.Module, model: nn.Module) -> None:
     Args:
         module: whole; it is changed in place. Where the model is whole, it stays as it is.
         model: prepared by the accelerator.
+
+    Raises:
+        ValueError: if the model is now kept in another precision, as DeepSpeed does: averages of rounded weights stand
+            still.
     """
+    for own, prepared in zip(module.parameters(), model.parameters(), strict=True):
+        if own.dtype != prepared.dtype:
+            raise ValueError(
+                f"Expected weights in {own.dtype} to average, got {prepared.dtype}: train in full precision"
+            )
     meshes = [parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)]
     if not meshes:
         return
