@@ -218,9 +218,10 @@ def load_checkpoint(
     scheduler_state = record.pop("scheduler")
     if changes:  # learning rates, decay and schedule are those of the new settings
         accelerator.step = 0  # batches so far, whose sum need not be a multiple of what is accumulated from now on
-        scheduler.last_epoch = scheduler_state["last_epoch"]
-        for group, options, rate in zip(scheduler.optimizer.param_groups, groups, scheduler.get_lr(), strict=True):
-            group.update(options, lr=rate)
+        for group, options in zip(scheduler.optimizer.param_groups, groups, strict=True):
+            group.update(options)
+        scheduler.last_epoch, scheduler._step_count = scheduler_state["last_epoch"] - 1, scheduler_state["_step_count"]
+        scheduler.step()  # to the rate of that step by the new schedule
     else:
         scheduler.load_state_dict(scheduler_state)
     for name, module in (modules or {}).items():
