@@ -169,7 +169,7 @@ class ImageClassificationSettings(ImageDataSettings, TrainingSettings):
 
     def model_changes(self) -> dict[str, Any]:
         """What of the config of a model that is loaded may change: what training alone reads, and the pooling."""
-        names = ("drop_path_rate", "drop_path_schedule", "patch_dropout_rate", "pooling")
+        names = ("drop_path_rate", "drop_path_schedule", "drop_path_kind", "patch_dropout_rate", "pooling")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def _check_model(self) -> None:

@@ -39,7 +39,8 @@ def describe_speed(
         one image), `images_per_second_in_batches` (from the median of some passes), `batch_size`, `device`,
         `threads`, `precision`.
     """
-    image = processor(np.zeros((256, 256, 3), np.uint8), return_tensors="pt")["pixel_values"]
+    square = np.zeros((256, 256, model.config.num_channels), np.uint8)
+    image = processor(square, return_tensors="pt")["pixel_values"]
     one = image.to(device=model.device, dtype=model.dtype)
     with torch.inference_mode(), _evaluating(model):
         # The method of the class: Accelerate puts one under autocast in its place, on the object.
