@@ -1,0 +1,46 @@
+"""Every benchmark runs as a command, on a network of seconds; its timings are not asserted."""
+
+import json
+import pathlib
+import runpy
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def run(name, *arguments):
+    return runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"))["main"](arguments)
+
+
+def test_stochastic_depth_counts_what_subsets_save(tmp_path, capsys):
+    output = tmp_path / "numbers" / "depth.json"
+    small = ["--hidden_size", "64", "--image_size", "32", "--num_layers", "2", "--repetitions", "1"]
+    run("stochastic_depth", *small, "--output", str(output))
+    results = json.loads(output.read_text())
+    rows = {row["rate"]: row for row in results["rows"]}
+    assert list(rows) == [0.0, 0.1, 0.2, 0.3, 0.5]
+    assert rows[0.0]["flops_saved"] == 0.0
+    saved = [row["flops_saved_at_batch_128"] for row in rows.values()]
+    assert saved == sorted(saved)
+    assert rows[0.0]["gflops"]["mask"] == rows[0.5]["gflops"]["mask"]
+    assert {"machine", "versions", "settings"} < results.keys()
+    table = capsys.readouterr().out
+    assert table.count("\n") == 7
+    assert f"written: {output}" in table
+
+
+def test_the_committed_numbers_are_of_the_network_that_the_docstring_names():
+    results = json.loads((ROOT / "benchmarks" / "results" / "stochastic_depth.json").read_text())
+    settings = results["settings"]
+    assert (settings["hidden_size"], settings["num_layers"], settings["image_size"]) == (384, 12, 224)
+    for row in results["rows"]:  # almost all operations of this network are in its blocks
+        dropped = 1 - row["samples_kept"] / settings["batch_size"]
+        assert row["flops_saved"] == pytest.approx(dropped, abs=0.01)
+        assert row["flops_saved_at_batch_128"] == pytest.approx(row["rate"], abs=0.02)
+
+
+def test_a_wrong_number_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        run("stochastic_depth", "--repetitions", "0")
+    assert "expected a positive number in --repetitions, got 0" in capsys.readouterr().err
