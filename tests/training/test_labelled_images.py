@@ -6,13 +6,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import numpy as np
 import PIL.Image
 import pytest
 import torch
 
 from vitreg_hf import ViTRegImageProcessor
 from vitreg_hf.training.data import load_folders, load_parquet
-from vitreg_hf.training.labelled_images import Collate, decode, find_unreadable, without_unreadable
+from vitreg_hf.training.labelled_images import (
+    Collate,
+    TrainingImages,
+    decode,
+    find_unreadable,
+    grey,
+    without_unreadable,
+)
+from vitreg_hf.training.sampling import BatchStream, SampleKey, SampleStream
 
 from .conftest import MODES, image_of_mode
 
@@ -112,3 +121,45 @@ def test_a_batch(image_folder: Path) -> None:
     batch = Collate(lambda pixels: torch.stack([one.float() for one in pixels]))([images[0], images[20]])
     assert batch["pixel_values"].shape == (2, 3, 20, 30)
     assert batch["labels"].tolist() == [0, 1]
+
+
+def test_grey_is_what_pillow_calls_l(tmp_path: Path) -> None:
+    levels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    levels[0, :3] = [[255, 255, 255], [0, 0, 0], [255, 0, 0]]
+    picture = PIL.Image.fromarray(levels)
+    expected = torch.from_numpy(np.array(picture.convert("L")))
+    assert torch.equal(grey(torch.from_numpy(levels).permute(2, 0, 1))[0], expected)
+    picture.save(tmp_path / "a.png")
+    encoded = {"bytes": None, "path": str(tmp_path / "a.png")}
+    assert torch.equal(decode(encoded, num_channels=1)[0], expected)
+    with pytest.raises(ValueError, match="Expected an image of 4 channels, got one of 3"):
+        decode(encoded, num_channels=4)
+
+
+def noisy(image: torch.Tensor) -> torch.Tensor:
+    return image.roll(int(torch.randint(0, 1000, ())), dims=-1)
+
+
+def test_a_training_sample_is_a_function_of_its_key(image_folder: Path) -> None:
+    images = TrainingImages(load_folders(str(image_folder), str(image_folder)).train, noisy, seed=1)
+    before = torch.get_rng_state()
+    one = images[SampleKey(8, 0)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(images[SampleKey(8, 0)].image, one.image)
+    assert (one.label, one.key) == (0, SampleKey(8, 0))
+    variants = [images[SampleKey(8, epoch, repeat)].image for epoch in range(4) for repeat in range(2)]
+    assert len({variant.numpy().tobytes() for variant in variants}) > 4
+    other = TrainingImages(images.images, noisy, seed=2)
+    assert any(not torch.equal(other[SampleKey(8, e)].image, images[SampleKey(8, e)].image) for e in range(3))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loaders_do_not_change_what_is_loaded(image_folder: Path, workers: int) -> None:
+    images = TrainingImages(load_folders(str(image_folder), str(image_folder)).train, noisy, seed=1)
+    collate = Collate(lambda pixels: torch.stack([one.float() for one in pixels]))
+    batches = BatchStream(SampleStream(len(images), seed=1), 4, 5, position=18)
+    loader = torch.utils.data.DataLoader(images, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+    expected = [collate([images[key] for key in keys]) for keys in batches]
+    for loaded, batch in zip(loader, expected, strict=True):
+        assert torch.equal(loaded["pixel_values"], batch["pixel_values"])
+        assert torch.equal(loaded["labels"], batch["labels"])

@@ -8,7 +8,6 @@ import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from vitreg_hf.training.launch import check_launch
 from vitreg_hf.training.results import hardware, staged_folder, versions, write_results
 
 
@@ -45,16 +44,3 @@ def test_versions_and_hardware_are_json(accelerator: Accelerator) -> None:
     assert described["device"] == "cpu"
     assert described["processes"] == 1
     json.dumps([versions(), described])
-
-
-def test_processes_that_do_not_know_of_one_another_are_refused(
-    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    check_launch(accelerator)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="whole models in every process"):
-        check_launch(accelerator)
-    monkeypatch.delenv("ACCELERATE_USE_FSDP")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"Expected 2 processes that train one model .* got 1"):
-        check_launch(accelerator)

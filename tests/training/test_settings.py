@@ -4,12 +4,13 @@
 import pytest
 from transformers import HfArgumentParser
 
-from vitreg_hf.training.settings import (
+from vitreg_hf.training.classification_settings import (
     DATA_SETTINGS,
-    FILE_SETTINGS,
     MODEL_SETTINGS,
+    TUNING_SETTINGS,
     ImageClassificationSettings,
 )
+from vitreg_hf.training.settings import FILE_SETTINGS, HUB_SETTINGS
 
 
 def parsed(*argv: str) -> ImageClassificationSettings:
@@ -55,6 +56,18 @@ def test_a_bare_switch_turns_augmentation_on() -> None:
         (["--random_resized_crop_scale", "0.9", "0.5"], "low <= high <= 1"),
         (["--random_resized_crop_scale", "0.9"], "low <= high <= 1"),
         (["--seed", "-1"], "seed of 0 or more"),
+        (["--save_total_limit", "0"], "save_total_limit of 1 or more, got 0"),
+        (["--save_steps", "-1"], "save_steps of 0 or more, got -1"),
+        (["--logging_steps", "0"], "logging_steps of 1 or more, got 0"),
+        (["--layer_decay", "0"], r"layer_decay in \(0, 1\], got 0.0"),
+        (["--loss_spike_factor", "0.5"], "loss_spike_factor of 0 or above 1, got 0.5"),
+        (["--warmup_learning_rate", "0.1"], r"warmup_learning_rate of learning_rate \(0.002\) or less, got 0.1"),
+        (["--repeated_augmentation", "0"], "repeated_augmentation of 1 or more, got 0"),
+        (["--loss", "bce"], "label_smoothing_factor of 0 with the loss bce, got 0.1"),
+        (["--num_channels", "1", "--three_augment", "true"], "3 channels for RandAugment, 3-Augment and colour"),
+        (["--tuning", "linear"], "init_from with a tuning other than full, got linear of random weights"),
+        (["--init_from", "m", "--hidden_size", "8"], "the shape of the model m, got hidden_size with init_from"),
+        (["--hub_revision", "dev"], "push_to_hub with hub_revision, got hub_revision alone"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(argv: list[str], message: str) -> None:
@@ -72,11 +85,31 @@ def test_layerscale_can_be_turned_off() -> None:
     assert parsed("--layerscale_value", "0").model_config().layerscale_value is None
 
 
-def test_every_setting_has_one_home_in_the_results() -> None:
-    settings = ImageClassificationSettings()
-    groups = [set(MODEL_SETTINGS), set(DATA_SETTINGS), set(FILE_SETTINGS), set(settings.hyperparameters())]
+@pytest.mark.parametrize("argv", [[], ["--init_from", "model"]])
+def test_every_setting_has_one_home_in_the_results(argv: list[str]) -> None:
+    settings = parsed(*argv)
+    groups = [{*MODEL_SETTINGS}, {*DATA_SETTINGS}, {*FILE_SETTINGS}, {*HUB_SETTINGS}, {*settings.hyperparameters()}]
+    if not argv:
+        groups.append({*TUNING_SETTINGS})
     assert sum(len(group) for group in groups) == len(set().union(*groups))
     assert set().union(*groups) == set(vars(settings))
+
+
+def test_what_a_resumed_training_must_share_is_what_it_computes() -> None:
+    settings = parsed()
+    fixed = settings.fixed(processes=2)
+    assert fixed["processes"] == 2
+    assert {"learning_rate", "seed", "mixup_alpha", "max_train_samples", "num_train_epochs"} <= fixed.keys()
+    free = {
+        "output_dir",
+        "save_steps",
+        "resume_from_checkpoint",
+        "dataloader_num_workers",
+        "logging_steps",
+        "report_to",
+    }
+    assert not free & fixed.keys()
+    assert fixed.keys() - {"processes"} <= vars(settings).keys()
 
 
 def test_names_of_sources() -> None:
