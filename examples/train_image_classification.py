@@ -88,7 +88,10 @@ class Training:
     step: int = 0  # updates of the weights so far
     position: int = 0  # training samples taken so far, by all processes
     curve: list[dict[str, Any]] = field(default_factory=list)
-    totals: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))  # of this epoch and process
+    totals: Tensor = field(init=False)  # of this epoch and process: loss, right answers, images, seconds
+
+    def __post_init__(self) -> None:
+        self.totals = torch.zeros(4, dtype=torch.float64, device=self.accelerator.device)
 
     def progress(self) -> Progress:
         """Where the training is; to be called by every process."""
