@@ -26,8 +26,8 @@ class FeatureSettings(ImageDataSettings):
     )
 
     # Linear probe
-    max_steps: int = option(500, "updates of the classifiers")
-    per_device_train_batch_size: int = option(32, "images per batch and process")
+    max_steps: int = option(300, "updates of the classifiers")
+    per_device_train_batch_size: int = option(128, "images per batch and process")
     learning_rates: list[float] = listed([*LEARNING_RATES], "of one classifier each, for batches of 256: scaled")
     last_blocks: list[int] = listed([*BLOCKS], "a classifier reads CLS of so many of the last blocks")
     random_resized_crop: bool | None = option(None, "crop and resize at random; left out: all but digits", **SWITCH)
