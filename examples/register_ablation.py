@@ -47,6 +47,7 @@ from vitreg_hf.analysis.register_counts import (
 from vitreg_hf.model.fingerprint import fingerprint
 from vitreg_hf.training.augmentation import EvaluationTransform
 from vitreg_hf.training.classification_settings import ImageClassificationSettings
+from vitreg_hf.training.command_line import parse_settings
 from vitreg_hf.training.costs import bytes_saved_per_image, images_per_second
 from vitreg_hf.training.data import load_images
 from vitreg_hf.training.labelled_images import ImageClassificationData, LabelledImages
@@ -132,10 +133,7 @@ def training_options(settings: AblationSettings, passed: Sequence[str], register
 
 def parse(options: Sequence[str]) -> ImageClassificationSettings:
     """The settings of one training, checked."""
-    (settings,) = HfArgumentParser(DataClassType(ImageClassificationSettings)).parse_args_into_dataclasses(
-        list(options)
-    )
-    return settings
+    return parse_settings(ImageClassificationSettings, "image-classification", argv=options)
 
 
 def claim(folder: Path, training: ImageClassificationSettings) -> None:

@@ -27,13 +27,14 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
-from transformers import HfArgumentParser, PreTrainedModel
-from transformers.hf_argparser import DataClassType
+from transformers import PreTrainedModel
 
 from vitreg_hf import ViTRegConfig, ViTRegForSemanticSegmentation, ViTRegImageProcessor
 from vitreg_hf.analysis.figures.segmentation import segmentation_figure
 from vitreg_hf.model.fingerprint import fingerprint
 from vitreg_hf.training.checkpointing import Progress, agreed_checkpoint, load_checkpoint, own_totals, totals_of_all
+from vitreg_hf.training.command_line import parse_settings
+from vitreg_hf.training.finetuning import load_backbone, processor_for, resized_positions
 from vitreg_hf.training.guards import LossGuard
 from vitreg_hf.training.launch import create_accelerator, describe_launch
 from vitreg_hf.training.optim import create_optimizer, create_schedule
@@ -104,7 +105,7 @@ class Training:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, evaluate, and write model, processor, results and picture to the output folder."""
     started = time.perf_counter()
-    (settings,) = HfArgumentParser(DataClassType(SegmentationSettings)).parse_args_into_dataclasses(argv)
+    settings = parse_settings(SegmentationSettings, argv=argv)
     accelerator = create_accelerator(
         *(settings.mixed_precision, settings.gradient_accumulation_steps, settings.per_device_train_batch_size),
         *(check_trackers(settings.report_to), tracker_folder(settings.output_folder), settings.max_grad_norm),
@@ -248,22 +249,20 @@ def create_model(settings: SegmentationSettings, class_names: Sequence[str]) -> 
     head = {**labels, "segmentation_batch_norm": settings.batch_norm, "drop_path_rate": settings.drop_path_rate}
     if settings.init_from is None:
         return ViTRegForSemanticSegmentation(ViTRegConfig(**{**settings.model_config().to_dict(), **head}))
-    config = ViTRegConfig.from_pretrained(settings.init_from, **head)
-    model = ViTRegForSemanticSegmentation.from_pretrained(
-        settings.init_from, config=config, ignore_mismatched_sizes=True, dtype=torch.float32
-    )
+    backbone = load_backbone(settings.init_from)
+    size = settings.chosen_image_size or backbone.config.image_size
+    model = ViTRegForSemanticSegmentation(ViTRegConfig.from_dict(backbone.config.to_dict(), image_size=size, **head))
+    positions = resized_positions(backbone, model.config.position_grid)
+    model.vitreg.load_state_dict(backbone.state_dict() | {"embeddings.position_embeddings": positions})
     model.vitreg.requires_grad_(settings.tuning == "full")
     return model
 
 
 def create_processor(settings: SegmentationSettings, config: ViTRegConfig) -> ViTRegImageProcessor:
-    """How images are prepared: whole, as a square; colours as the loaded model knows them."""
-    size = settings.chosen_image_size or config.image_size
-    options: dict[str, Any] = {"size": {"height": size, "width": size}, "size_divisor": config.patch_size}
-    options |= {"do_center_crop": False, "do_reduce_labels": settings.reduce_labels}
-    if settings.init_from is None:
-        return ViTRegImageProcessor(resample=2, **options)
-    return ViTRegImageProcessor.from_pretrained(settings.init_from, **options)
+    """How images are prepared: whole, in the size of the model; colours as a loaded model knows them."""
+    processor = processor_for(settings.init_from, config, crops=False, eval_crop_ratio=1.0)
+    processor.do_reduce_labels = settings.reduce_labels
+    return processor
 
 
 def create_training(
