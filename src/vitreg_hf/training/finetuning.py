@@ -27,6 +27,7 @@ _CHANGES = {
     *("hidden_dropout_prob", "attention_probs_dropout_prob"),
 }
 _POSITIONS = "vitreg.embeddings.position_embeddings"
+_RGB = range(3)  # channels of a processor that says nothing else
 _PROJECTION = "vitreg.embeddings.patch_embeddings.projection.weight"
 
 # Loading
@@ -182,16 +183,16 @@ def processor_for(
 
     Args:
         source: checkpoint whose mean, std and filter are taken where it has a processor; None for random weights.
-        config: of the model. Of other than three channels, all have the average of the source's means and stds.
+        config: of the model. If it has other channels than the source, all get the average of its means and stds.
         crops: the model is trained on crops; then the middle of a slightly larger image is evaluated, else all of it.
         eval_crop_ratio: share of the shorter edge in that middle.
     """
-    options: dict[str, Any] = {"resample": 2}
     own = None if source is None else _saved_processor(source)
+    options: dict[str, Any] = {"resample": 2}
     if own is not None:
         options = {name: getattr(own, name) for name in ("resample", "image_mean", "image_std")}
     channels = config.num_channels
-    if channels != 3 or len(options.get("image_mean", [0] * 3)) != channels:
+    if len(options.get("image_mean", _RGB)) != channels:
         for name in ("image_mean", "image_std"):
             values = options.get(name, [0.5])
             options[name] = [sum(values) / len(values)] * channels

@@ -91,12 +91,11 @@ class LinearProbes(nn.Module):
     def __init__(self, grid: Sequence[Probe], hidden_size: int, num_classes: int) -> None:
         super().__init__()
         self.grid = tuple(grid)
-        self.classifiers = nn.ModuleList(
-            nn.Linear(probe.features.width(hidden_size), num_classes) for probe in self.grid
-        )
-        for classifier in self.classifiers:
+        classifiers = [nn.Linear(probe.features.width(hidden_size), num_classes) for probe in self.grid]
+        for classifier in classifiers:
             nn.init.normal_(classifier.weight, std=_INITIAL_STD)
             nn.init.zeros_(classifier.bias)
+        self.classifiers = nn.ModuleList(classifiers)
 
     def forward(self, features: Mapping[Features, Tensor]) -> Tensor:
         """Logits `(N, B, K)`, in the order of the grid, of features `(B, width)`."""

@@ -5,7 +5,7 @@ The matrices are those of `peft`. They are put into the model itself, which stay
 merged, it is a plain checkpoint that `from_pretrained` loads without peft.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -56,10 +56,11 @@ def add_lora(
         raise ValueError("Expected a model without LoRA, got one with it: merge it first")
     wanted = {*ATTENTION_PROJECTIONS, *(MLP_PROJECTIONS if mlp else ())}
     present = {name.rpartition(".")[2] for name, _ in model.vitreg.layers.named_modules()}
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=sorted(wanted & present))
+    scale: Any = alpha  # declared a whole number by peft, which only divides it
+    config = LoraConfig(r=rank, lora_alpha=scale, lora_dropout=dropout, target_modules=sorted(wanted & present))
     inject_adapter_in_model(config, model)
     model.classifier.requires_grad_(True)
-    if registers:
+    if registers and tokens is not None:
         tokens.requires_grad_(True)
 
 
