@@ -19,7 +19,7 @@ PICTURES = {
         "What the tokens named above each column attend to in the last layer; one image per row.",
     ),
 }
-_CLASSES_NAMED = 20  # more would drown the card; config.json names all
+_NAMED = 20  # more would drown the card; config.json and results.json name all
 
 _PIPELINE_CODE = """\
 ```python
@@ -138,7 +138,7 @@ def sections(facts: Mapping[str, Any], model_id: str, artifacts: Mapping[str, An
         "Evaluation": _evaluation(facts),
         "Artifacts": _artifacts(artifacts),
         "Speed and size": _speed(facts),
-        "Limits": _LIMITS.format(train_images=facts["data"]["train_images"]),
+        "Limits": _LIMITS.format(train_images=facts["data"]["train_images"] or "an unknown number of"),
         "Licence": f"The weights: {facts.get('license') or 'none is stated'}. {_data_license(facts['data'])}",
         "Citation": _CITATION,
     }
@@ -165,17 +165,22 @@ def _registers(count: int, artifacts: Mapping[str, Any] | None) -> str:
 
 
 def _data(data: Mapping[str, Any]) -> str:
-    named = ", ".join(data["classes"][:_CLASSES_NAMED])
-    rest = ", and others (see `config.json`)" if len(data["classes"]) > _CLASSES_NAMED else ""
+    named = ", ".join(data["classes"][:_NAMED])
+    rest = ", and others (see `config.json`)" if len(data["classes"]) > _NAMED else ""
     lines = [
         f"- Source: `{data['source']}`",
-        f"- Training images: {data['train_images']}",
+        f"- Training images: {data['train_images'] or 'unknown number'}",
         f"- Held-out images: {data['evaluation_images']} ({data['held_out_by']})",
         f"- Classes: {named}{rest}",
     ]
     if data["skipped_images"]:
-        lines.append(f"- Left out because they could not be decoded: {', '.join(data['skipped_images'])}")
+        lines.append(f"- Left out because they could not be decoded: {_listed(data['skipped_images'])}")
     return "\n".join(lines)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more (see `results.json`)" if more > 0 else "")
 
 
 def _procedure(facts: Mapping[str, Any]) -> str:

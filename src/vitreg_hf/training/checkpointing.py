@@ -58,6 +58,7 @@ class Progress:
         totals: running sums of the unfinished epoch, a list per process.
         log: state of the training log.
         settings: what has to be equal for the continuation to be exact; compared on resuming.
+        skipped: images that were left out while training because they cannot be decoded.
     """
 
     step: int = 0
@@ -66,6 +67,7 @@ class Progress:
     totals: list[list[float]] = field(default_factory=list)
     log: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
 
 
 # Writing

@@ -32,6 +32,8 @@ MODEL_SETTINGS = (
 DATA_SETTINGS = (
     *("dataset_name", "dataset_config_name", "train_dir", "validation_dir", "train_file", "validation_file"),
     *("image_column_name", "label_column_name", "max_train_samples", "on_corrupt_image", "dataloader_num_workers"),
+    *("streaming", "train_shards", "validation_shards", "class_names_file", "shuffle_buffer_size"),
+    *("check_images", "max_skipped_share"),
 )
 TUNING_SETTINGS = ("init_from", "tuning", "num_tuned_layers", "lora_rank", "lora_alpha", "lora_dropout")
 
@@ -44,7 +46,7 @@ class ImageDataSettings:
     dataset_config_name: str | None = option(None, "configuration of that dataset, if it has several")
     train_dir: str | None = option(None, "folder with one subfolder of images per class")
     validation_dir: str | None = option(None, "the same to validate on; left out: 10 %% of the training images")
-    train_file: str | None = option(None, "parquet file with images and labels")
+    train_file: str | None = option(None, "parquet files with images and labels, a pattern")
     validation_file: str | None = option(None, "the same to validate on; left out: 10 %% of the training images")
     image_column_name: str = option("image", "column of images")
     label_column_name: str = option("label", "column of class indices or names")
@@ -77,7 +79,58 @@ class ImageDataSettings:
 
 
 @dataclass
-class ImageClassificationSettings(ImageDataSettings, TrainingSettings):
+class StreamSettings(ImageDataSettings):
+    """The same, and data that is read while training."""
+
+    streaming: bool = option(False, "read dataset_name while training, undownloaded; needs a validation split")
+    train_shards: str | None = option(
+        None, "WebDataset tars or parquet files to stream: a folder, or a pattern such as train-{000..146}.tar"
+    )
+    validation_shards: str | None = option(None, "the same to validate on")
+    class_names_file: str | None = option(None, "file with one class name a line, where a stream does not say them")
+    shuffle_buffer_size: int = option(1000, "images of a stream among which each process draws the next one")
+    check_images: bool | None = option(
+        None, "decode all training images before the training; left out: up to 50,000 of them", **SWITCH
+    )
+    max_skipped_share: float = option(0.01, "end when more of what is met while training cannot be decoded")
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether images are read while training."""
+        return self.streaming or self.train_shards is not None
+
+    def source_name(self) -> str:
+        """Name of the data; of shards it is that of their folder."""
+        if self.train_shards is None:
+            return super().source_name()
+        path = Path(self.train_shards).resolve()
+        is_folder = path.suffix not in (".tar", ".parquet") and not set("*?[{") & set(path.name)
+        folder = path if is_folder else path.parent
+        return folder.parent.name if folder.name in ("train", "training") else folder.name
+
+    def sources(self) -> list[str]:
+        """Names of the settings that name a source."""
+        return super().sources() + ([] if self.train_shards is None else ["train_shards"])
+
+    def check_sources(self) -> None:
+        """Also refuse streams without images to validate on, and what no stream can do."""
+        super().check_sources()
+        shards, held_out = self.train_shards is not None, self.validation_shards is not None
+        expect(shards or not held_out, "train_shards with validation_shards", "validation_shards alone")
+        expect(held_out or not shards, "validation_shards with train_shards: a stream holds out no images", "none")
+        expect(self.dataset_name is not None or not self.streaming, "dataset_name with streaming", "none")
+        alone = self.class_names_file is not None and not self.is_stream
+        expect(not alone, "streaming or train_shards with class_names_file", "class_names_file alone")
+        counted = self.is_stream and self.max_train_samples is not None
+        expect(not counted, "all images of a stream", f"max_train_samples {self.max_train_samples}")
+        checked = self.is_stream and bool(self.check_images)
+        expect(not checked, "images that are there before the training to check_images", "a stream")
+        expect(self.shuffle_buffer_size >= 0, "shuffle_buffer_size of 0 or more", self.shuffle_buffer_size)
+        expect(0 <= self.max_skipped_share <= 1, "max_skipped_share in [0, 1]", self.max_skipped_share)
+
+
+@dataclass
+class ImageClassificationSettings(StreamSettings, TrainingSettings):
     """The defaults are the digits demo; a setting that makes no sense raises `ValueError` when the object is made."""
 
     # Model from random weights; with init_from, that of the checkpoint
@@ -150,6 +203,12 @@ class ImageClassificationSettings(ImageDataSettings, TrainingSettings):
         low, high = self.random_resized_crop_scale
         return (low, high) if self.random_resized_crop else None
 
+    def fixed(self, **more: Any) -> dict[str, Any]:
+        """As of every training; who loads a stream decides what comes when."""
+        shared = super().fixed(**more)
+        del shared["max_skipped_share"]  # a training that ended there may go on with a higher one
+        return shared | ({"dataloader_num_workers": self.dataloader_num_workers} if self.is_stream else {})
+
     def hyperparameters(self) -> dict[str, Any]:
         """How the model is optimised and the images are augmented, without the shape of the model, data and files."""
         elsewhere = {*MODEL_SETTINGS, *DATA_SETTINGS, *FILE_SETTINGS, *HUB_SETTINGS}
@@ -189,6 +248,8 @@ class ImageClassificationSettings(ImageDataSettings, TrainingSettings):
     def _check_ranges(self) -> None:
         self.expect_at_least(1, "early_stopping_patience", "num_channels", "num_tuned_layers", "lora_rank")
         self.expect_at_least(1, "repeated_augmentation")
+        copies = self.repeated_augmentation
+        expect(copies == 1 or not self.is_stream, "repeated_augmentation of 1 with a stream", copies)
         self.expect_at_least(0, "mixup_alpha", "cutmix_alpha", "color_jitter")
         self.expect_share("label_smoothing_factor", "drop_path_rate", "patch_dropout_rate", "lora_dropout")
         expect(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay in (0, 1)", self.ema_decay)

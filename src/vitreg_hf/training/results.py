@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from vitreg_hf.training.classification_settings import MODEL_SETTINGS, ImageClassificationSettings
 from vitreg_hf.training.labelled_images import ImageClassificationData
+from vitreg_hf.training.streamed_data import StreamedImageClassificationData
 from vitreg_hf.version import __version__
 
 _PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "datasets", "evaluate", "numpy")
@@ -63,20 +64,27 @@ def describe_training(
     }
 
 
-def describe_data(data: ImageClassificationData, skipped: Sequence[str]) -> dict[str, Any]:
-    """Section `data` of the results: where the images come from and how many there are."""
+def describe_data(
+    data: ImageClassificationData | StreamedImageClassificationData, skipped: Sequence[str]
+) -> dict[str, Any]:
+    """Section `data` of the results: where the images come from and how many there are; None if nobody knows."""
+    folder = os.path.abspath(data.source)
     return {
         "source": data.source,
         "hub_id": data.hub_id,
         "license": data.license,
         "classes": data.class_names,
-        "train_images": len(data.train),
-        "evaluation_images": len(data.evaluation),
+        "train_images": data.train.num_images,
+        "evaluation_images": data.evaluation.num_images,
         "evaluation_split": data.evaluation_split,
         "held_out_by": data.held_out_by,
-        # below the folder of the data where that is known: the rest of a path is nobody's business
-        "skipped_images": [one.replace(os.path.join(os.path.abspath(data.source), ""), "") for one in skipped],
+        "skipped_images": [_below(os.path.dirname(folder), _below(folder, one)) for one in skipped],
     }
+
+
+def _below(folder: str, text: str) -> str:
+    """The text without a folder: the rest of a path is nobody's business."""
+    return text.replace(os.path.join(folder, ""), "")
 
 
 def versions() -> dict[str, str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vitreg_hf.training.labelled_images import Collate
+from vitreg_hf.training.running import outlive_stop
 from vitreg_hf.training.shard_files import read_class_names
 from vitreg_hf.training.shards import Shards, file_shards, hub_shards
 from vitreg_hf.training.streaming import Batch, Decoder, StreamedEvaluation, StreamedImages
@@ -131,5 +132,10 @@ class StreamLoading:
         # A generator of its own: a loader draws a seed for its workers, which would change what a step draws.
         generator = torch.Generator().manual_seed(0)
         return DataLoader(
-            stream, batch_size=None, num_workers=self.num_workers, pin_memory=self.pin_memory, generator=generator
+            stream,
+            batch_size=None,
+            num_workers=self.num_workers,
+            worker_init_fn=outlive_stop,
+            pin_memory=self.pin_memory,
+            generator=generator,
         )

@@ -92,9 +92,10 @@ def training_curve(results: dict[str, Any], path: Path) -> None:
     loss.set(ylabel=_LOSSES.get(results["hyperparameters"].get("loss"), "cross-entropy (nats)"), ylim=(0, None))
     accuracy.set(title="Accuracy", ylabel="images classified correctly (%)")
     data, metrics = results["data"], results["metrics"]
+    images = "an unknown number of" if data["train_images"] is None else data["train_images"]
     above.suptitle(
         f"{results['model']['name']} on {data['source']}: {100 * metrics['accuracy']:.1f} % of {metrics['n']} "
-        f"held-out images correct after epoch {curve[-1]['epoch']}, trained on {data['train_images']} images"
+        f"held-out images correct after epoch {curve[-1]['epoch']}, trained on {images} images"
     )
     save(figure, path)
 
