@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not (settings.folder(registers, seed) / "results.json").is_file():
             train(settings, training_options(settings, passed, registers, seed))
     data = load_images(planned[models[0]])
-    measures = {model: measured(settings, *model, data) for model in tqdm(models, desc="Measuring", unit="model")}
+    measures = {(r, s): measured(settings, r, s, data) for r, s in tqdm(models, desc="Measuring", unit="model")}
     for seed in tqdm(settings.seeds, desc="Timing", unit="seed"):
         for registers, speed in timed(settings, seed).items():
             measures[registers, seed]["images_per_second"] = speed
@@ -226,7 +226,7 @@ def measured(settings: AblationSettings, registers: int, seed: int, data: ImageC
     if {name: before.get(name) for name in note} == note:
         return before["measures"]
     batch_size, transform = settings.measured_batch_size, EvaluationTransform(subject.preprocess)
-    channels = subject.model.config.num_channels
+    channels = channels_of(subject)
     train, test = data.train.with_channels(channels), data.evaluation.with_channels(channels)
     chosen = test.sample(min(settings.max_measured_images, len(test)))
     two = transform([chosen[index % len(chosen)][0] for index in range(2)]).to(subject.device)
@@ -239,6 +239,12 @@ def measured(settings: AblationSettings, registers: int, seed: int, data: ImageC
     }
     write_results({**note, "measures": measures}, file)
     return measures
+
+
+def channels_of(subject: Subject) -> int:
+    """Channels of the images that a model takes."""
+    model: Any = subject.model
+    return model.config.num_channels
 
 
 def batches(images: LabelledImages, transform: EvaluationTransform, batch_size: int) -> Iterator[Tensor]:
@@ -260,7 +266,7 @@ def dense(
     probe = fit_dense_probe(torch.cat(tokens), known, grid, num_classes)
     metric = MeanIoU(num_classes)
     for pixels, of_pixels in mosaics(test, transform, settings.mosaics // 2, size, seed=1):
-        predicted = probe.predict(patch_tokens(subject, pixels), grid, tuple(of_pixels.shape[1:]))
+        predicted = probe.predict(patch_tokens(subject, pixels), grid, (of_pixels.shape[1], of_pixels.shape[2]))
         metric.add_batch(predictions=predicted, references=of_pixels)
     return metric.compute()["mean_iou"]
 
@@ -269,7 +275,7 @@ def timed(settings: AblationSettings, seed: int) -> dict[int, float]:
     """Images per second of the models of a seed, which take turns."""
     subjects = {r: load_vision(str(settings.folder(r, seed))) for r in settings.num_register_tokens}
     first = next(iter(subjects.values()))
-    blank = torch.zeros(3, 256, 256, dtype=torch.uint8)[: first.model.config.num_channels]
+    blank = torch.zeros(3, 256, 256, dtype=torch.uint8)[: channels_of(first)]
     batch = EvaluationTransform(first.preprocess)([blank] * settings.measured_batch_size).to(first.device)
     models = {r: subject.model for r, subject in subjects.items()}
     return images_per_second(models, batch, seconds=settings.timed_seconds)

@@ -177,7 +177,7 @@ def train_step(run: Training, batches: Sequence[dict[str, Tensor]]) -> Tensor:
             run.optimizer.step()
             run.optimizer.zero_grad()
         losses.append(loss.detach())
-    skipped, rate = accelerator.optimizer_step_was_skipped, max(run.scheduler.get_last_lr())
+    skipped, rate = accelerator.optimizer_step_was_skipped, max(map(float, run.scheduler.get_last_lr()))
     if not skipped:
         run.scheduler.step()
     run.step, run.position = run.step + 1, run.position + run.timetable.images_per_step

@@ -103,3 +103,12 @@ def test_what_the_first_does_not_have_is_not_compared():
     assert "change" not in compared["register_norm"]
     assert compared["accuracy"]["change"]["1"]["verdict"] == "equal"
     assert "| 0 | 100 | - |" in as_markdown(count_table(compared, [0, 1], 2))
+
+
+def test_it_is_said_when_there_is_nothing_to_repair():
+    def shares(last, before):
+        return [{"outlier_share": last, "outlier_share_before_last": before}] * 2
+
+    assert "nothing to repair" in findings(compare({0: shares(0, 0), 4: shares(0, 0)}), [0, 4])[0]
+    for with_outliers in (shares(0.02, 0), shares(0, 0.02)):
+        assert "nothing to repair" not in findings(compare({0: with_outliers, 4: shares(0, 0)}), [0, 4])[0]

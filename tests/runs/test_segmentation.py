@@ -116,6 +116,20 @@ def test_sigterm_writes_a_checkpoint_and_has_a_code_of_its_own(trainer, pairs, w
     assert differing(tmp_path, outcome(whole)) == []
 
 
+def test_two_processes_train_as_one_does(trainer, pairs, tmp_path):
+    """The same images per step, without BatchNorm, whose statistics are those of a process."""
+    same = [*SMALL, "--no_batch_norm", "--num_train_epochs", "2", "--train_dir", pairs]
+    one = trainer.run(SEGMENT, *same, "--output_dir", tmp_path / "one")
+    assert one.returncode == 0, one.stderr
+    both = ["--per_device_train_batch_size", "2", "--output_dir", tmp_path / "two"]
+    for rank in [job.wait() for job in trainer.start_ranks(SEGMENT, *same, *both)]:
+        assert rank.returncode == 0, rank.stderr
+    curves = [results_in(tmp_path / name)["curve"] for name in ("one", "two")]
+    for name in ("train_loss", "eval_mean_iou", "eval_pixel_accuracy"):
+        assert [entry[name] for entry in curves[1]] == pytest.approx([entry[name] for entry in curves[0]], rel=1e-3)
+    assert results_in(tmp_path / "two")["metrics"]["n"] == 4
+
+
 def test_squares_are_learned_and_read_back_by_the_pipeline(trainer, pairs, tmp_path):
     longer = ["--num_train_epochs", "12", "--learning_rate", "5e-3"]
     done = trainer.run(SEGMENT, *SMALL, *longer, "--train_dir", pairs, "--output_dir", tmp_path)

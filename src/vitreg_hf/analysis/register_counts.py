@@ -204,12 +204,21 @@ def as_markdown(table: Table) -> str:
 
 
 def findings(compared: Mapping[str, Any], counts: Sequence[int]) -> list[str]:
-    """One sentence per quantity: which numbers of registers differ from the first, and which cannot be told apart."""
-    return [
+    """One sentence per quantity: which numbers of registers differ from the first, and which cannot be told apart.
+
+    Before them, whether there is anything to repair: registers remove outliers, and many models have none.
+    """
+    found = [
         _finding(QUANTITIES[name].column, compared[name]["change"], counts[0])
         for name in QUANTITIES
         if "change" in compared.get(name, {})
     ]
+    outliers = [compared.get(name, {}).get("values", {}) for name in ("outlier_share", "outlier_share_before_last")]
+    if all(values and not any(values[str(counts[0])]) for values in outliers):
+        found.insert(
+            0, f"No patch of a model with R = {counts[0]} is an outlier: registers have nothing to repair here."
+        )
+    return found
 
 
 def _finding(title: str, changes: Mapping[str, Any], first: int) -> str:

@@ -31,10 +31,11 @@ def register_counts_figure(results: Mapping[str, Any], path: Path) -> None:
         _panel(axes, name, compared[name], [str(count) for count in settings["num_register_tokens"]])
     for axes in list(panels):
         axes.set_axis_off()
+    handles: list[Any]
     handles, labels = figure.axes[0].get_legend_handles_labels()
     first = settings["num_register_tokens"][0]
     seeds = len(settings["seeds"])
-    told = figure.axes[0].errorbar([], [], fmt="o", color=_TOLD, capsize=3)
+    told: Any = figure.axes[0].errorbar([], [], fmt="o", color=_TOLD, capsize=3)
     figure.legend(
         [*handles, told],
         [*labels, f"the same, and different from {first} registers (all comparisons together: 95 %)"],
