@@ -71,6 +71,11 @@ class TrainingTransform:
         if color_jitter:
             self.steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
 
+    @property
+    def is_random(self) -> bool:
+        """Whether an image is not the same each time."""
+        return self.crop is not None or bool(self.steps)
+
     def augment(self, image: Tensor) -> Tensor:
         """One decoded image, uint8 `(C, H, W)`, sized for the model and augmented; itself if nothing is random."""
         if self.crop is not None:
@@ -83,7 +88,7 @@ class TrainingTransform:
 
     def __call__(self, images: Sequence[Tensor]) -> Tensor:
         """Augmented images to a normalised batch `(B, C, h, w)` float32."""
-        if self.crop is None and not self.steps:
+        if not self.is_random:
             return self.processor(list(images), return_tensors="pt")["pixel_values"]
         sized = self.processor(list(images), do_resize=False, do_center_crop=False, return_tensors="pt")
         return sized["pixel_values"]

@@ -56,14 +56,23 @@ def open_images(settings: ImageClassificationSettings) -> Images:
     return load_images(settings)
 
 
-def checked(data: Images, settings: ImageClassificationSettings, accelerator: Accelerator) -> tuple[Images, list[str]]:
+def checked(
+    data: Images, settings: ImageClassificationSettings, accelerator: Accelerator, num_channels: int
+) -> tuple[Images, list[str]]:
     """Data without images that cannot be decoded, and their names; nobody can know those of a stream beforehand.
+
+    Args:
+        data: of `open_images`.
+        settings: of the training.
+        accelerator: of the launch; to be called by every process.
+        num_channels: of the model.
 
     Raises:
         ValueError: naming the files, if they are not to be left out.
     """
     if isinstance(data, StreamedImageClassificationData):
         return data, []
+    data = data.with_channels(num_channels)
     check_train = check_up_front(len(data.train), settings.check_images)
     share = find_unreadable(data, accelerator.process_index, accelerator.num_processes, check_train)
     unreadable = gather_object(share)
