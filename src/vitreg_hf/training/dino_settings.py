@@ -12,7 +12,8 @@ from vitreg_hf.training.classification_settings import (
 )
 from vitreg_hf.training.settings import FILE_SETTINGS, SWITCH, TrainingSettings, expect, listed, option
 
-MODEL_SETTINGS = (*DIGITS_SHAPE, "drop_path_rate", "drop_path_schedule", "drop_path_kind")
+_SHAPE = tuple(name for name in DIGITS_SHAPE if name != "num_channels")  # crops are augmented as RGB
+MODEL_SETTINGS = (*_SHAPE, "drop_path_rate", "drop_path_schedule", "drop_path_kind")
 
 
 @dataclass

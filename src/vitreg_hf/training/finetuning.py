@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
 from vitreg_hf.model.configuration_vitreg import ViTRegConfig
 from vitreg_hf.model.image_processing_vitreg import ViTRegImageProcessor
@@ -207,10 +208,9 @@ def processor_for(
 
 
 def _saved_processor(source: Source) -> ViTRegImageProcessor | None:
-    try:
-        return ViTRegImageProcessor.from_pretrained(source)
-    except OSError:  # what Transformers raises if there is none
-        return None
+    # A file that does not exist is none; a Hub that does not answer is an error, not another normalisation.
+    file = cached_file(source, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False)
+    return None if file is None else ViTRegImageProcessor.from_pretrained(source)
 
 
 # What is trained
