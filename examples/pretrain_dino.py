@@ -330,7 +330,8 @@ def create_training(
     )
     teacher = cast(DinoNetwork, create_teacher(student)).to(accelerator.device)
     gram_teacher = cast(ViTRegModel, create_teacher(teacher.backbone)) if settings.gram_weight else None
-    groups = parameter_groups(student, settings.weight_decay, settings.layer_decay, settings.patch_embedding_factor)
+    by_depth = settings.layer_decay, settings.patch_embedding_factor
+    groups = parameter_groups(student, settings.weight_decay, *by_depth, settings.decay_tokens)
     betas = (settings.adam_beta1, settings.adam_beta2)
     optimizer = AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)
     total, highest = timetable.total_steps, settings.learning_rate

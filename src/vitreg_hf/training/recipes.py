@@ -252,15 +252,8 @@ _DINOV2_SHORT = Recipe(
         **{"num_train_epochs": 100, "steps_per_epoch": 1250, "per_device_train_batch_size": 64},
         # 4e-3 x the square root of the batch of 2,048 over 1,024
         **{"learning_rate": 5.66e-3, "min_learning_rate": 1e-6, "warmup_ratio": 0.1, "mixed_precision": "fp16"},
-        **{"weight_decay": 0.04, "weight_decay_end": 0.4, "decay_tokens": True},
-        **{
-            "adam_beta1": 0.9,
-            "adam_beta2": 0.999,
-            "layer_decay": 0.9,
-            "patch_embedding_factor": 0.2,
-            "max_grad_norm": 3.0,
-            "freeze_last_layer_ratio": 0.01,
-        },
+        **{"weight_decay": 0.04, "weight_decay_end": 0.4, "decay_tokens": True, "layer_decay": 0.9},
+        **{"patch_embedding_factor": 0.2, "max_grad_norm": 3.0, "freeze_last_layer_ratio": 0.01},
         **{"num_local_crops": 8, "local_crop_size": 96},
         **{"global_crops_scale": [0.32, 1.0], "local_crops_scale": [0.05, 0.32]},
         **{"horizontal_flip": True, "color_augmentation": True, "mask_share": 0.5, "mask_ratio": [0.1, 0.5]},
