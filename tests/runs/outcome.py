@@ -37,10 +37,12 @@ def outcome(folder: Path) -> dict[str, Any]:
     newest = folder / "checkpoints" / checkpoints(folder)[-1]
     kept = {file.name: file.read_bytes() for file in newest.iterdir() if file.suffix not in (".json", ".pkl")}
     results = json.loads((folder / "results.json").read_text())
+    log = (folder / "training_log.jsonl").read_text().splitlines()
     return {
         "model": (folder / "model.safetensors").read_bytes(),
         **kept,
         "checkpoint": newest.name,
+        "log": [_timeless(json.loads(line)) for line in log],
         "progress": _timeless(json.loads((newest / "progress.json").read_text())),
         **{name: _timeless(results.get(name)) for name in ("metrics", "curve", "steps")},
     }
