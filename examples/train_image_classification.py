@@ -51,10 +51,10 @@ from vitreg_hf.training.classification_data import (
 )
 from vitreg_hf.training.classification_run import Training
 from vitreg_hf.training.classification_settings import ImageClassificationSettings
-from vitreg_hf.training.classifiers import check_model, create_model, fit_batch_size
+from vitreg_hf.training.classifiers import check_model, create_model, create_processor, fit_batch_size
 from vitreg_hf.training.command_line import parse_settings
 from vitreg_hf.training.curve import should_stop
-from vitreg_hf.training.finetuning import processor_for, train_mode
+from vitreg_hf.training.finetuning import train_mode
 from vitreg_hf.training.guards import LossGuard, TrainingDiverged
 from vitreg_hf.training.launch import create_accelerator, describe_launch
 from vitreg_hf.training.lora import merge_lora
@@ -96,8 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data, unreadable = checked(data, settings, accelerator, model.config.num_channels)
     if unreadable:
         accelerator.print(f"left out  {len(unreadable)} images that cannot be decoded (listed in results.json)")
-    crops = settings.crop_scale is not None
-    processor = processor_for(settings.init_from, model.config, crops, settings.eval_crop_ratio)
+    processor = create_processor(settings, model.config)
     transform = training_transform(settings, processor)
 
     with StopRequest(accelerator) as stop:
@@ -152,8 +151,8 @@ def train_epoch(run: Training, batches: Iterator[dict[str, Tensor]], epoch: int)
     train_mode(run.accelerator.unwrap_model(run.model), run.settings.tuning)
     started = time.perf_counter()
     for step in range(run.step, run.timetable.end_of(epoch + 1)):
-        seed_step(run.settings.seed, step, run.accelerator.process_index)
         taken = list(islice(batches, run.settings.gradient_accumulation_steps))
+        seed_step(run.settings.seed, step, run.accelerator.process_index)  # a loader that starts draws a number, too
         done = train_step(run, taken, with_statistics=run.log.due(step + 1))
         images = run.timetable.images_per_step
         run.step, run.position = step + 1, run.position + images
@@ -349,13 +348,14 @@ def draw_augmentation(
         [Sample(one.image.permute(1, 2, 0).numpy()), *map(Sample, as_seen(one.versions, transform.processor))]
         for one in samples
     ]
-    unseen = "; MixUp and CutMix come later" if settings.mixup_alpha or settings.cutmix_alpha else ""
+    mixed = " (before images are mixed)" if settings.mixup_alpha or settings.cutmix_alpha else ""
     augmentation_sheet(
         rows,
         path,
-        column_names=["original", *(f"in pass {number}" for number in range(1, len(rows[0])))],
-        captions=[data.class_names[one.label] for one in samples],
-        title=f"Training images of {data.source}, and what the model is shown of them{unseen}",
+        column_names=["original", *(f"augmented, pass {number}" for number in range(1, len(rows[0])))],
+        captions=[f"class: {data.class_names[one.label]}" for one in samples],
+        title=f"Training images of {settings.source_name()}, and what the model is shown of them in each pass over\n"
+        f"the data{mixed}: {', '.join(transform.names)}",
     )
 
 

@@ -6,6 +6,7 @@ A fault is a place and an action, as JSON.
     {"backward": 7, "signal": 9}      at the 7th call of Accelerator.backward, so also inside gradient accumulation
     {"file": 12, "signal": 15}        at the 12th event of a file below a folder `checkpoints`, between its files
     {"backward": 7, "room": 20000}    from then on no file grows beyond 20,000 bytes: a disk that is full
+    {"images": 4}                     a training step on more images than that runs out of memory
 
 Events are what Python tells audit hooks: opening, renaming, making and removing. How many there were is written to
 `events` in the folder of the job, so that a test knows how many places there are.
@@ -14,6 +15,7 @@ Events are what Python tells audit hooks: opening, renaming, making and removing
 import os
 import resource
 import sys
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ def install(fault: dict[str, Any], folder: Path) -> None:
     """
     _at_backward(fault)
     _at_file(fault, folder)
+    if "images" in fault:
+        _at_forward(fault["images"])
 
 
 def _act(fault: dict[str, Any]) -> None:
@@ -51,6 +55,22 @@ def _at_backward(fault: dict[str, Any]) -> None:
         original(self, *args, **options)
 
     Accelerator.backward = backward
+
+
+def _at_forward(most: int) -> None:
+    import torch
+
+    from vitreg_hf import ViTRegForImageClassification
+
+    original = ViTRegForImageClassification.forward
+
+    @wraps(original)
+    def forward(self: Any, pixel_values: Any, **options: Any) -> Any:
+        if torch.is_grad_enabled() and len(pixel_values) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
+        return original(self, pixel_values, **options)
+
+    ViTRegForImageClassification.forward = forward
 
 
 def _at_file(fault: dict[str, Any], folder: Path) -> None:

@@ -61,20 +61,25 @@ class TrainingTransform:
             raise ValueError(f"Expected a crop scale with 0 < low <= high <= 1, got {crop_scale}")
         self.processor = processor
         self.crop = None if crop_scale is None else _random_resized_crop(processor, crop_scale)
+        self.names = [] if crop_scale is None else ["random crops"]
         self.steps: list[torch.nn.Module] = []
         if horizontal_flip:
-            self.steps.append(v2.RandomHorizontalFlip())
+            self._add("mirrored", v2.RandomHorizontalFlip())
         if rand_augment:
-            self.steps.append(v2.RandAugment(interpolation=v2.InterpolationMode.BILINEAR))
+            self._add("RandAugment", v2.RandAugment(interpolation=v2.InterpolationMode.BILINEAR))
         if three_augment:
-            self.steps.append(_three_augment())
+            self._add("grey, solarised or blurred", _three_augment())
         if color_jitter:
-            self.steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+            self._add("colour jitter", v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+
+    def _add(self, name: str, step: torch.nn.Module) -> None:
+        self.names.append(name)
+        self.steps.append(step)
 
     @property
     def is_random(self) -> bool:
         """Whether an image is not the same each time."""
-        return self.crop is not None or bool(self.steps)
+        return bool(self.names)
 
     def augment(self, image: Tensor) -> Tensor:
         """One decoded image, uint8 `(C, H, W)`, sized for the model and augmented; itself if nothing is random."""

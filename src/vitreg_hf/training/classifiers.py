@@ -11,12 +11,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from vitreg_hf.model.configuration_vitreg import ViTRegConfig
 from vitreg_hf.model.image_processing_vitreg import ViTRegImageProcessor
 from vitreg_hf.model.modeling_vitreg import ViTRegForImageClassification
 from vitreg_hf.training.augmentation import Mixing, model_size
 from vitreg_hf.training.batch_size import find_batch_size, training_probe
 from vitreg_hf.training.classification_settings import ImageClassificationSettings
-from vitreg_hf.training.finetuning import check_family, freeze, load_for_finetuning, train_mode
+from vitreg_hf.training.finetuning import check_family, freeze, load_for_finetuning, processor_for, train_mode
 from vitreg_hf.training.lora import add_lora
 from vitreg_hf.training.losses import Loss
 from vitreg_hf.training.seeding import seed_weights
@@ -53,6 +54,16 @@ def create_model(settings: ImageClassificationSettings, class_names: Sequence[st
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def create_processor(settings: ImageClassificationSettings, config: ViTRegConfig) -> ViTRegImageProcessor:
+    """How images are prepared for the model that is trained.
+
+    Raises:
+        ValueError: if the processor of the checkpoint cannot be loaded.
+    """
+    crops, source = settings.crop_scale is not None, settings.init_from
+    return _from_checkpoint(str(source), lambda: processor_for(source, config, crops, settings.eval_crop_ratio))
 
 
 def _loaded(
