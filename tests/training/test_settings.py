@@ -67,6 +67,18 @@ def test_a_bare_switch_turns_augmentation_on() -> None:
         (["--num_channels", "1", "--three_augment", "true"], "3 channels for RandAugment, 3-Augment and colour"),
         (["--tuning", "linear"], "init_from with a tuning other than full, got linear of random weights"),
         (["--init_from", "m", "--hidden_size", "8"], "the shape of the model m, got hidden_size with init_from"),
+        (["--train_shards", "a"], "validation_shards with train_shards: a stream holds out no images, got none"),
+        (["--validation_shards", "a"], "train_shards with validation_shards, got validation_shards alone"),
+        (["--train_shards", "a", "--validation_shards", "b", "--train_dir", "c"], "train_dir and train_shards"),
+        (["--streaming"], "dataset_name with streaming, got none"),
+        (["--class_names_file", "a"], "streaming or train_shards with class_names_file, got class_names_file alone"),
+        (["--dataset_name", "a", "--streaming", "--max_train_samples", "5"], "all images of a stream, got max_train"),
+        (["--dataset_name", "a", "--streaming", "--repeated_augmentation", "3"], "of 1 with a stream, got 3"),
+        (
+            ["--dataset_name", "a", "--streaming", "--check_images"],
+            "before the training to check_images, got a stream",
+        ),
+        (["--max_skipped_share", "2"], r"max_skipped_share in \[0, 1\], got 2.0"),
         (["--hub_revision", "dev"], "push_to_hub with hub_revision, got hub_revision alone"),
     ],
 )
@@ -112,7 +124,16 @@ def test_what_a_resumed_training_must_share_is_what_it_computes() -> None:
     assert fixed.keys() - {"processes"} <= vars(settings).keys()
 
 
+def test_workers_of_a_stream_decide_what_comes_when() -> None:
+    stream = parsed("--dataset_name", "a", "--streaming", "--dataloader_num_workers", "3").fixed()
+    assert (stream["dataloader_num_workers"], stream["shuffle_buffer_size"]) == (3, 1000)
+    assert "max_skipped_share" not in stream  # a training that ended there may go on with a higher one
+
+
 def test_names_of_sources() -> None:
+    for shards in ("data/photos/train-{000..146}.tar", "data/photos/train", "data/photos/train/*.parquet"):
+        assert parsed("--train_shards", shards, "--validation_shards", "b").source_name() == "photos"
+    assert parsed("--train_shards", "data/photos.v2", "--validation_shards", "b").source_name() == "photos.v2"
     assert parsed("--dataset_name", "someone/beans").source_name() == "beans"
     assert parsed("--train_dir", "data/photos.v2/").source_name() == "photos.v2"
     assert parsed("--train_file", "data/photos.parquet").source_name() == "photos"
