@@ -5,8 +5,10 @@
     accelerate launch examples/evaluate_features.py --model outputs/digits-dino --task knn
     accelerate launch examples/evaluate_features.py --recipe linear_probe_dinov2 --model MODEL --train_dir photos ...
 
-Without data it takes the digits of scikit-learn. The backbone stays as it is; its head is left out. The best linear
-classifier is chosen by the accuracy that is reported of it, so its number is a little optimistic.
+Without data it takes the digits of scikit-learn. The backbone stays as it is; its head is left out. Of what
+`pretrain_dino.py` learns from digits without labels, the best of 52 linear classifiers is right for 88.1 % of 360
+images after 37 s of one CPU core, imports included, and 20 neighbours for 87.5 % after 9 s; of random weights they are
+for 74.2 % and 60.8 %. The best classifier is chosen on the images that it is reported for: a little optimistic.
 """
 
 import shlex

@@ -73,7 +73,7 @@ WAYS = {
     "linear": ["--learning_rate", "3e-2"],
     "partial": ["--num_tuned_layers", "1"],
     "full": ["--layer_decay", "0.7", "--decay_tokens", "true"],
-    "lora": ["--lora_rank", "4", "--lora_alpha", "8"],
+    "lora": ["--lora_rank", "4", "--lora_alpha", "8", "--lora_registers", "true"],
 }
 
 
@@ -103,7 +103,7 @@ def test_only_what_is_tuned_has_changed(tuned, digits):
     assert changed(digits, tuned["linear"][1]) == set()
     assert {name.rpartition("layers.")[2][0] for name in changed(digits, tuned["partial"][1])} == {"2", "l"}
     of_lora = {name.rpartition(".attention.")[2] for name in changed(digits, tuned["lora"][1])}
-    assert of_lora == {f"{part}_proj.weight" for part in "qkvo"}
+    assert of_lora == {"embeddings.register_tokens", *(f"{part}_proj.weight" for part in "qkvo")}
     everything = changed(digits, tuned["full"][1])
     assert {"embeddings.cls_token", "embeddings.register_tokens", "layers.0.mlp.up_proj.weight"} < everything
 

@@ -35,7 +35,10 @@ DATA_SETTINGS = (
     *("streaming", "train_shards", "validation_shards", "class_names_file", "shuffle_buffer_size"),
     *("check_images", "max_skipped_share"),
 )
-TUNING_SETTINGS = ("init_from", "tuning", "num_tuned_layers", "lora_rank", "lora_alpha", "lora_dropout")
+TUNING_SETTINGS = (
+    *("init_from", "tuning", "num_tuned_layers", "lora_rank", "lora_alpha", "lora_dropout", "lora_mlp"),
+    "lora_registers",
+)
 
 
 @dataclass
@@ -156,6 +159,8 @@ class ImageClassificationSettings(StreamSettings, TrainingSettings):
     lora_rank: int = option(8, "rank of LoRA's matrices")
     lora_alpha: float = option(16.0, "LoRA's scale is this number divided by the rank")
     lora_dropout: float = option(0.0, "dropout before LoRA's matrices")
+    lora_mlp: bool = option(False, "LoRA also on the projections of MLPs")
+    lora_registers: bool = option(False, "train the registers beside LoRA's matrices")
 
     # Loss and weights that are kept
     loss: Literal["cross_entropy", "bce"] = option("cross_entropy", "bce: every class on its own, targets of 0 and 1")

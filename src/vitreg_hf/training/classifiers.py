@@ -75,7 +75,8 @@ def _loaded(
         lambda: load_for_finetuning(source, class_names, settings.image_size, settings.num_channels, **changes),
     )
     if settings.tuning == "lora":
-        add_lora(model, settings.lora_rank, settings.lora_alpha, settings.lora_dropout)
+        numbers = settings.lora_rank, settings.lora_alpha, settings.lora_dropout
+        add_lora(model, *numbers, mlp=settings.lora_mlp, registers=settings.lora_registers)
     else:
         freeze(model, settings.tuning, settings.num_tuned_layers)
     return model
