@@ -110,6 +110,20 @@ def numbers_in(card):
 # Metadata and numbers
 
 
+def test_a_stream_has_an_unknown_number_of_images(facts):
+    facts["data"]["train_images"] = None
+    card = render_card(facts, "someone/vitreg-things")
+    assert "- Training images: unknown number\n" in section(card, "Data")
+    assert "trained on an unknown number of images of one source" in section(card, "Limits")
+
+
+def test_of_many_images_that_were_left_out_a_few_are_named(facts):
+    facts["data"]["skipped_images"] = [f"{number}.png" for number in range(23)]
+    text = section(render_card(facts, "someone/vitreg-things"), "Data")
+    assert "19.png and 3 more (see `results.json`)" in text
+    assert "20.png" not in text
+
+
 def test_metadata(facts):
     data = ModelCard(str(render_card(facts, "someone/vitreg-things"))).data
     assert (data.license, data.library_name, data.pipeline_tag) == ("mit", "transformers", "image-classification")

@@ -148,7 +148,9 @@ def training_batches(
 class HeldOut(Protocol):
     """Images to evaluate on: every iteration gives batches of this process, all processes equally many."""
 
-    num_images: int | None  # None if nobody knows
+    @property
+    def num_images(self) -> int | None:
+        """How many there are, or None if nobody knows."""
 
     def __iter__(self) -> Iterator[Batch]: ...
 
