@@ -31,7 +31,15 @@ from vitreg_hf import ViTRegImageProcessor, ViTRegModel
 from vitreg_hf.analysis.figures.self_supervision import knn_curve
 from vitreg_hf.model.fingerprint import fingerprint
 from vitreg_hf.training.augmentation import EvaluationTransform
-from vitreg_hf.training.checkpointing import Progress, agreed_checkpoint, load_checkpoint, own_totals, totals_of_all
+from vitreg_hf.training.batch_size import recompute_activations
+from vitreg_hf.training.checkpointing import (
+    Progress,
+    agreed_checkpoint,
+    load_checkpoint,
+    no_totals,
+    own_totals,
+    totals_of_all,
+)
 from vitreg_hf.training.command_line import parse_settings
 from vitreg_hf.training.data import load_images
 from vitreg_hf.training.dino_settings import MODEL_SETTINGS, DinoSettings
@@ -45,6 +53,7 @@ from vitreg_hf.training.labelled_images import (
 )
 from vitreg_hf.training.launch import create_accelerator, describe_launch
 from vitreg_hf.training.nearest_neighbours import knn_accuracy
+from vitreg_hf.training.optim import one_kernel
 from vitreg_hf.training.results import describe_data, hardware, staged_folder, versions, write_results
 from vitreg_hf.training.running import Saver, StopRequest, outlive_stop
 from vitreg_hf.training.sampling import BatchStream, SampleStream
@@ -61,6 +70,7 @@ from vitreg_hf.training.self_supervision.student_teacher import (
     update_teacher,
 )
 from vitreg_hf.training.self_supervision.targets import target_rule
+from vitreg_hf.training.sharding import bare_model, clip_gradients
 from vitreg_hf.training.step_statistics import gradient_norms, register_statistics
 from vitreg_hf.training.timetable import Timetable
 from vitreg_hf.training.trackers import check_trackers, start_trackers, tracker_folder
@@ -192,8 +202,7 @@ def train_step(run: Training, batches: Sequence[CropBatch]) -> None:
             losses = losses_of(run, seen, masks, *targets)
             accelerator.backward(weighted(losses, settings))
             if accelerator.sync_gradients:
-                if settings.max_grad_norm:
-                    norm = accelerator.clip_grad_norm_(run.student.parameters(), settings.max_grad_norm)
+                norm = clip_gradients(accelerator, run.student, settings.max_grad_norm)
                 if run.log.due(run.step + 1):
                     statistics = statistics_of(run)
             run.optimizer.step()
@@ -202,7 +211,7 @@ def train_step(run: Training, batches: Sequence[CropBatch]) -> None:
     if not accelerator.optimizer_step_was_skipped:
         run.scheduler.step()
         momentum = cosine(settings.teacher_momentum, 1.0, run.step, total)
-        update_teacher(run.teacher, accelerator.unwrap_model(run.student), momentum)
+        update_teacher(run.teacher, bare_model(accelerator, run.student), momentum)
     images = run.timetable.images_per_step
     run.step, run.position = run.step + 1, run.position + images
     run.totals[:-1] += torch.cat([sums, sums.new_ones(1)]).to(run.totals)
@@ -261,7 +270,7 @@ def weighted(losses: Tensor, settings: DinoSettings) -> Tensor:
 
 def statistics_of(run: Training) -> dict[str, Tensor]:
     """Gradients and registers of the student, for the log."""
-    backbone = run.accelerator.unwrap_model(run.student).backbone
+    backbone = bare_model(run.accelerator, run.student).backbone
     return {**gradient_norms(backbone), **register_statistics(backbone)}
 
 
@@ -329,12 +338,14 @@ def create_training(
         *(settings.num_prototypes, settings.head_hidden_size, settings.head_bottleneck_size),
         settings.patch_head if settings.ibot_weight else "none",
     )
+    if settings.gradient_checkpointing:
+        recompute_activations(student.backbone)
     teacher = cast(DinoNetwork, create_teacher(student)).to(accelerator.device)
     gram_teacher = cast(ViTRegModel, create_teacher(teacher.backbone)) if settings.gram_weight else None
     by_depth = settings.layer_decay, settings.patch_embedding_factor
     groups = parameter_groups(student, settings.weight_decay, *by_depth, settings.decay_tokens)
     betas = (settings.adam_beta1, settings.adam_beta2)
-    optimizer = AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)
+    optimizer = AdamW(groups, lr=settings.learning_rate, betas=betas, fused=one_kernel(accelerator))
     total, highest = timetable.total_steps, settings.learning_rate
     warmup = round(settings.warmup_ratio * total) if settings.warmup_steps is None else settings.warmup_steps
     scheduler = learning_rates(
@@ -345,7 +356,8 @@ def create_training(
         target_rule(settings.targets, settings.num_prototypes).to(accelerator.device) for _ in range(2)
     )
     collate, size = Collate(EvaluationTransform(processor)), settings.per_device_eval_batch_size
-    loaders = [DataLoader(images, size, collate_fn=collate) for images in (data.train, data.evaluation)]
+    workers: dict[str, Any] = {"num_workers": settings.dataloader_num_workers, "worker_init_fn": outlive_stop}
+    loaders = [DataLoader(images, size, collate_fn=collate, **workers) for images in (data.train, data.evaluation)]
     run_student, run_optimizer, *loaders = accelerator.prepare(student, optimizer, *loaders)
     states: dict[str, torch.nn.Module | None] = {"teacher": teacher, "gram_teacher": gram_teacher}
     states |= {"cls_targets": cls_targets, "patch_targets": patch_targets}
@@ -366,7 +378,7 @@ def create_training(
         *(settings, accelerator, timetable, run_student, teacher, gram_teacher, cls_targets, patch_targets),
         *(run_optimizer, scheduler, loaders, len(data.class_names), saver, log),
         settings.fixed(**describe_launch(accelerator), train_images=len(data.train)),
-        torch.zeros(len(LOSSES) + 2, dtype=torch.float64, device=accelerator.device),
+        no_totals(len(LOSSES) + 2, accelerator.device),
     )
 
 

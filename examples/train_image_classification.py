@@ -39,7 +39,7 @@ from vitreg_hf.hub.publish import PublishError, check_access, publish
 from vitreg_hf.model.fingerprint import fingerprint
 from vitreg_hf.training.augmentation import TrainingTransform, mixing
 from vitreg_hf.training.augmented_samples import augmented_samples
-from vitreg_hf.training.checkpointing import agreed_checkpoint, load_checkpoint
+from vitreg_hf.training.checkpointing import agreed_checkpoint, load_checkpoint, no_totals
 from vitreg_hf.training.classification_data import (
     Images,
     checked,
@@ -60,11 +60,11 @@ from vitreg_hf.training.launch import create_accelerator, describe_launch
 from vitreg_hf.training.lora import merge_lora
 from vitreg_hf.training.losses import classification_loss
 from vitreg_hf.training.metrics import Accuracy, TopKAccuracy
-from vitreg_hf.training.optim import create_ema, create_optimizer, create_schedule
+from vitreg_hf.training.optim import create_ema, create_optimizer, create_schedule, one_kernel
 from vitreg_hf.training.results import describe_data, describe_training, staged_folder, write_results
 from vitreg_hf.training.running import Saver, StopRequest
 from vitreg_hf.training.seeding import seed_step
-from vitreg_hf.training.sharding import clip_gradients, shard_like, spare_copy, whole_model
+from vitreg_hf.training.sharding import bare_model, clip_gradients, shard_like, spare_copy, whole_model
 from vitreg_hf.training.speed import describe_speed
 from vitreg_hf.training.step_statistics import gradient_norms, register_statistics, token_statistics
 from vitreg_hf.training.timetable import Timetable
@@ -88,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings.per_device_train_batch_size,
         trackers,
         tracker_folder(settings.output_folder),
+        settings.max_grad_norm,
     )
     checkpoint = agreed_checkpoint(accelerator, settings.resume_from_checkpoint, settings.checkpoint_folder)
 
@@ -148,7 +149,7 @@ def train(run: Training, batches: Iterator[dict[str, Tensor]]) -> dict[str, Any]
 
 def train_epoch(run: Training, batches: Iterator[dict[str, Tensor]], epoch: int) -> None:
     """The steps of one epoch that are left."""
-    train_mode(run.accelerator.unwrap_model(run.model), run.settings.tuning)
+    train_mode(bare_model(run.accelerator, run.model), run.settings.tuning)
     started = time.perf_counter()
     for step in range(run.step, run.timetable.end_of(epoch + 1)):
         taken = list(islice(batches, run.settings.gradient_accumulation_steps))
@@ -174,8 +175,8 @@ class Step(NamedTuple):
 
 def train_step(run: Training, batches: Sequence[dict[str, Tensor]], with_statistics: bool) -> Step:
     """One update of the weights, from one or more batches of this process."""
-    accelerator, settings, module = run.accelerator, run.settings, run.accelerator.unwrap_model(run.model)
-    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    accelerator, settings, module = run.accelerator, run.settings, bare_model(run.accelerator, run.model)
+    sums = no_totals(3, accelerator.device)
     statistics: dict[str, Tensor] = {}
     norm = None
     for batch in batches:
@@ -249,11 +250,9 @@ def create_training(
     if settings.auto_find_batch_size:
         fit_batch_size(settings, accelerator, model, processor, loss, mix)
     images_per_batch = settings.per_device_train_batch_size * accelerator.num_processes
-    timetable = Timetable(
-        *(images_per_batch * settings.gradient_accumulation_steps, data.train.num_images),
-        *(settings.num_train_epochs, settings.steps_per_epoch, settings.max_steps),
-    )
-    optimizer = create_optimizer(model, settings)
+    length = settings.num_train_epochs, settings.steps_per_epoch, settings.max_steps
+    timetable = Timetable(images_per_batch * settings.gradient_accumulation_steps, data.train.num_images, *length)
+    optimizer = create_optimizer(model, settings, one_kernel(accelerator))
     scheduler = create_schedule(optimizer, timetable.total_steps, settings)
     run_model, run_optimizer = accelerator.prepare(model, optimizer)
     if ema is not None:

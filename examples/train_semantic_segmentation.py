@@ -32,12 +32,20 @@ from transformers import PreTrainedModel
 from vitreg_hf import ViTRegConfig, ViTRegForSemanticSegmentation, ViTRegImageProcessor
 from vitreg_hf.analysis.figures.segmentation import segmentation_figure
 from vitreg_hf.model.fingerprint import fingerprint
-from vitreg_hf.training.checkpointing import Progress, agreed_checkpoint, load_checkpoint, own_totals, totals_of_all
+from vitreg_hf.training.batch_size import recompute_activations
+from vitreg_hf.training.checkpointing import (
+    Progress,
+    agreed_checkpoint,
+    load_checkpoint,
+    no_totals,
+    own_totals,
+    totals_of_all,
+)
 from vitreg_hf.training.command_line import parse_settings
 from vitreg_hf.training.finetuning import load_backbone, processor_for, resized_positions
-from vitreg_hf.training.guards import LossGuard
+from vitreg_hf.training.guards import LossGuard, TrainingDiverged
 from vitreg_hf.training.launch import create_accelerator, describe_launch
-from vitreg_hf.training.optim import create_optimizer, create_schedule
+from vitreg_hf.training.optim import create_optimizer, create_schedule, one_kernel
 from vitreg_hf.training.results import hardware, staged_folder, versions, write_results
 from vitreg_hf.training.running import Saver, StopRequest, outlive_stop
 from vitreg_hf.training.sampling import BatchStream, SampleStream
@@ -52,7 +60,7 @@ from vitreg_hf.training.segmentation_data import (
 )
 from vitreg_hf.training.segmentation_metrics import MeanIoU
 from vitreg_hf.training.segmentation_settings import SegmentationSettings
-from vitreg_hf.training.sharding import spare_copy, whole_model
+from vitreg_hf.training.sharding import bare_model, clip_gradients, spare_copy, whole_model
 from vitreg_hf.training.timetable import Timetable
 from vitreg_hf.training.trackers import check_trackers, start_trackers, tracker_folder
 from vitreg_hf.training.training_log import TrainingLog
@@ -114,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = load_data(settings)
     seed_weights(settings.seed)
     model = create_model(settings, data.class_names)
+    if settings.gradient_checkpointing:
+        recompute_activations(model)
     processor = create_processor(settings, model.config)
 
     with StopRequest(accelerator) as stop:
@@ -124,8 +134,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         start_trackers(
             accelerator, "vitreg-segmentation", settings.output_folder, settings.hyperparameters(), run.step
         )
-        with run.log:
-            metrics = train(run, train_batches(run, data, processor))
+        try:
+            with run.log:
+                metrics = train(run, train_batches(run, data, processor))
+        except TrainingDiverged as error:
+            sys.exit("\n".join([str(error), *error.__notes__]))
 
     trained: Any = whole_model(accelerator, run.model, run.spare)
     if accelerator.is_main_process:
@@ -161,7 +174,7 @@ def train_mode(run: Training) -> None:
     """Dropout and statistics of batches for what is trained; a frozen backbone computes what it will at the end."""
     run.model.train()
     if run.settings.tuning == "linear":
-        run.accelerator.unwrap_model(run.model).vitreg.eval()
+        bare_model(run.accelerator, run.model).vitreg.eval()
 
 
 def train_step(run: Training, batches: Sequence[dict[str, Tensor]]) -> Tensor:
@@ -173,8 +186,8 @@ def train_step(run: Training, batches: Sequence[dict[str, Tensor]]) -> Tensor:
         with accelerator.accumulate(run.model):
             loss = run.model(pixel_values=images["pixel_values"], labels=images["labels"]).loss
             accelerator.backward(loss)
-            if accelerator.sync_gradients and settings.max_grad_norm:
-                norm = accelerator.clip_grad_norm_(run.model.parameters(), settings.max_grad_norm)
+            if accelerator.sync_gradients:
+                norm = clip_gradients(accelerator, run.model, settings.max_grad_norm)
             run.optimizer.step()
             run.optimizer.zero_grad()
         losses.append(loss.detach())
@@ -185,14 +198,14 @@ def train_step(run: Training, batches: Sequence[dict[str, Tensor]]) -> Tensor:
     mean = torch.stack(losses).mean()
     run.log.update(run.step, mean, rate, run.timetable.images_per_step, batches, None if skipped else norm)
     images = sum(len(batch["labels"]) for batch in batches)
-    return torch.stack([mean * len(losses), mean.new_tensor(len(losses)), mean.new_tensor(images)]).double()
+    return torch.stack([mean * len(losses), mean.new_tensor(len(losses)), mean.new_tensor(images)])
 
 
 @torch.no_grad()
 def evaluate(run: Training) -> dict[str, Any]:
     """Mean IoU and accuracy of pixels on the held-out images, at the size that the model gets."""
     run.model.eval()
-    metric = MeanIoU(run.accelerator.unwrap_model(run.model).config.num_labels)
+    metric = MeanIoU(bare_model(run.accelerator, run.model).config.num_labels)
     for batch in run.eval_loader:
         predicted = predict(run.model, batch["pixel_values"], run.accelerator)
         pair = run.accelerator.gather_for_metrics((predicted.int(), batch["labels"].int()))
@@ -280,7 +293,7 @@ def create_training(
     timetable = Timetable(
         images_per_step, len(data.train), settings.num_train_epochs, settings.steps_per_epoch, settings.max_steps
     )
-    optimizer = create_optimizer(model, settings)
+    optimizer = create_optimizer(model, settings, one_kernel(accelerator))
     scheduler = create_schedule(optimizer, timetable.total_steps, settings)
     spare = spare_copy(accelerator, model)
     collate = CollateScenes(SceneEvaluation(unreduced(processor)))
@@ -295,7 +308,7 @@ def create_training(
         *(settings, accelerator, timetable, run_model, spare, run_optimizer, scheduler, eval_loader),
         *(Saver(accelerator, settings.checkpoint_folder, scheduler, {}, *saving), log),
         settings.fixed(**describe_launch(accelerator), train_images=len(data.train), classes=data.class_names),
-        totals=torch.zeros(4, dtype=torch.float64, device=accelerator.device),  # there: reading it would wait
+        totals=no_totals(4, accelerator.device),
     )
 
 

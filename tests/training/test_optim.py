@@ -2,13 +2,17 @@
 """Decay, learning rate by depth, schedule and moving average."""
 
 import builtins
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 
 from vitreg_hf import ViTRegForImageClassification
 from vitreg_hf.training.classification_settings import ImageClassificationSettings
-from vitreg_hf.training.optim import create_ema, create_optimizer, create_schedule, parameter_groups
+from vitreg_hf.training.optim import create_ema, create_optimizer, create_schedule, one_kernel, parameter_groups
 
 
 @pytest.fixture
@@ -143,3 +147,21 @@ def test_the_average_computes_like_the_model(model: ViTRegForImageClassification
     torch.testing.assert_close(outputs.logits, expected.logits)
     torch.testing.assert_close(outputs.prefix_attentions, expected.prefix_attentions)
     torch.testing.assert_close(outputs.hidden_states, expected.hidden_states)
+
+
+@pytest.mark.parametrize(("precision", "fused"), [("no", True), ("bf16", True), ("fp16", None)])
+def test_one_kernel_updates_all_but_in_fp16(precision: str, fused: bool | None) -> None:
+    assert one_kernel(cast(Accelerator, SimpleNamespace(mixed_precision=precision))) is fused
+
+
+def test_a_step_that_overflows_in_fp16_is_seen_to_be_left_out(model: ViTRegForImageClassification) -> None:
+    """With the fused kernel Accelerate would take it for a step like any other."""
+    launch = cast(Accelerator, SimpleNamespace(mixed_precision="fp16"))
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = create_optimizer(model, ImageClassificationSettings(), one_kernel(launch))
+    wrapped = AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
+    before = model.classifier.weight.detach().clone()
+    scaler.scale(model(pixel_values=torch.randn(2, 3, 32, 32)).logits.sum() * float("inf")).backward()
+    wrapped.step()
+    assert wrapped.step_was_skipped
+    torch.testing.assert_close(model.classifier.weight.detach(), before, rtol=0, atol=0)

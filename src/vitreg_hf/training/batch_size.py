@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import find_executable_batch_size, gather_object
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 # What a training holds per trained number besides weight and gradient: two moments of AdamW, and of several processes
@@ -121,3 +122,9 @@ def training_probe(
             model.zero_grad(set_to_none=True)
 
     return probe
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Compute activations again in the backward pass in place of keeping them: slower, and with less memory."""
+    now, before = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # names in Transformers
+    getattr(model, now if hasattr(model, now) else before)({"use_reentrant": False})

@@ -159,6 +159,8 @@ def checkpoint_to_resume(wanted: str | None, folder: Path) -> Path | None:
     if wanted not in ("latest", "auto"):
         if wrong := broken_files(Path(wanted)):
             raise ValueError(f"Expected a complete checkpoint, got {wanted!r} with {'; '.join(wrong)}")
+        if found and Path(wanted).resolve().parent != folder.resolve():
+            raise ValueError(f"Expected a folder without checkpoints of another training, got {found[-1]}")
         return Path(wanted)
     return _newest_good(found, folder, or_none=wanted == "auto")
 

@@ -37,6 +37,7 @@ from vitreg_hf.training.checkpoint_files import (
     rotate,
     unfinished,
 )
+from vitreg_hf.training.sharding import bare_model
 
 _WEIGHTS = "model.safetensors"
 # What a full disk is to Python, to PyTorch, to safetensors, and to PyTorch's sharded checkpoints.
@@ -143,7 +144,7 @@ def _save_state(accelerator: Accelerator, folder: Path) -> None:
 
     def without_wrapper(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
         if weights and accelerator.is_main_process:
-            state = accelerator.unwrap_model(models[0]).state_dict()
+            state = bare_model(accelerator, models[0]).state_dict()
             save_file({name: value.contiguous() for name, value in state.items()}, Path(folder) / _WEIGHTS)
         weights.clear()
 
@@ -206,7 +207,8 @@ def load_checkpoint(
 
     Raises:
         ValueError: if the checkpoint was written with other settings, naming them, unless they are accepted; if its
-            weights are sharded and the model is not, or the other way round.
+            weights are sharded and the model is not, or the other way round; if what has changed leaves no place for
+            what the checkpoint holds.
     """
     record = json.loads((checkpoint / PROGRESS).read_text())
     changes = changed_settings(record["settings"], settings)
@@ -216,7 +218,18 @@ def load_checkpoint(
         print(f"continued with other settings than before, so not exactly: {', '.join(changes)}")
     _check_kind(accelerator, checkpoint)
     groups = _options_of_groups(scheduler.optimizer)
-    _load_state(accelerator, checkpoint)
+    absent = [name for name in modules or {} if not any(checkpoint.glob(f"{name}*"))]
+    try:
+        if absent:
+            raise ValueError(f"there is no {' and no '.join(absent)} in it")
+        _load_state(accelerator, checkpoint)
+    except (ValueError, RuntimeError) as error:  # of PyTorch, if parameters or their groups are others
+        if not changes:
+            raise
+        raise ValueError(
+            f"Expected settings with which {checkpoint} can be continued, got {', '.join(changes)}: {error}. Start "
+            "from its weights with init_from"
+        ) from error
     scheduler_state = record.pop("scheduler")
     if changes:  # learning rates, decay and schedule are those of the new settings
         accelerator.step = 0  # batches so far, whose sum need not be a multiple of what is accumulated from now on
@@ -255,7 +268,7 @@ def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def _load_state(accelerator: Accelerator, checkpoint: Path) -> None:
     def into_wrapper(models: list[nn.Module], folder: str) -> None:
         for model in models:
-            accelerator.unwrap_model(model).load_state_dict(load_file(Path(folder) / _WEIGHTS))
+            bare_model(accelerator, model).load_state_dict(load_file(Path(folder) / _WEIGHTS))
         models.clear()
 
     hook = accelerator.register_load_state_pre_hook(into_wrapper)
@@ -275,6 +288,11 @@ def _load_module(module: nn.Module, path: Path) -> None:
 
 
 # Running sums of several processes
+
+
+def no_totals(count: int, device: torch.device) -> Tensor:
+    """Sums, all 0, on a device, where adding to them makes nothing wait; in double precision if it has any."""
+    return torch.zeros(count, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
 def totals_of_all(own: Tensor) -> list[list[float]]:

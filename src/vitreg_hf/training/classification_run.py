@@ -18,14 +18,16 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import PreTrainedModel
 
 from vitreg_hf.training.augmentation import Mixing
-from vitreg_hf.training.checkpointing import Progress, own_totals, totals_of_all
+from vitreg_hf.training.checkpointing import Progress, no_totals, own_totals, totals_of_all
 from vitreg_hf.training.classification_data import HeldOut
 from vitreg_hf.training.classification_settings import ImageClassificationSettings
 from vitreg_hf.training.curve import describe_epoch
+from vitreg_hf.training.finetuning import train_mode
 from vitreg_hf.training.losses import Loss
 from vitreg_hf.training.replay import load_replay, replay
 from vitreg_hf.training.running import Saver
 from vitreg_hf.training.seeding import seed_step
+from vitreg_hf.training.sharding import bare_model
 from vitreg_hf.training.timetable import Timetable
 from vitreg_hf.training.training_log import TrainingLog
 
@@ -55,7 +57,7 @@ class Training:
     totals: Tensor = field(init=False)  # of this epoch and process: loss, right answers, images, seconds
 
     def __post_init__(self) -> None:
-        self.totals = torch.zeros(4, dtype=torch.float64, device=self.accelerator.device)
+        self.totals = no_totals(4, self.accelerator.device)
 
     def progress(self) -> Progress:
         """Where the training is."""
@@ -100,7 +102,8 @@ class Training:
     def replayed(self, folder: Path) -> str:
         """What happens in the batches of a step that broke, with the weights that are there now."""
         batches, facts = load_replay(folder)
-        model = self.accelerator.unwrap_model(self.model).train()
+        model = bare_model(self.accelerator, self.model)
+        train_mode(model, self.settings.tuning)
         seed_step(self.settings.seed, *facts["seed_step"])
 
         def losses_of(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -236,6 +236,17 @@ class ImageClassificationSettings(StreamSettings, TrainingSettings):
         names = ("drop_path_rate", "drop_path_schedule", "drop_path_kind", "patch_dropout_rate", "pooling")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
+    def check_colours(self, num_channels: int) -> None:
+        """Refuse random colours of images that have none.
+
+        Raises:
+            ValueError: with the number of channels.
+        """
+        coloured = self.rand_augment or self.three_augment or self.color_jitter
+        expect(
+            num_channels == 3 or not coloured, "3 channels for RandAugment, 3-Augment and colour jitter", num_channels
+        )
+
     def _check_model(self) -> None:
         if self.init_from is None:
             expect(
@@ -263,6 +274,5 @@ class ImageClassificationSettings(StreamSettings, TrainingSettings):
         valid = len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1
         expect(valid, "random_resized_crop_scale with 0 < low <= high <= 1", scale)
         softened = bool(self.label_smoothing_factor) and self.loss == "bce"
-        colours = self.num_channels in (None, 3) or not (self.rand_augment or self.three_augment or self.color_jitter)
-        expect(colours, "3 channels for RandAugment, 3-Augment and colour jitter", self.num_channels)
+        self.check_colours(self.num_channels or 3)
         expect(not softened, "label_smoothing_factor of 0 with the loss bce", self.label_smoothing_factor)

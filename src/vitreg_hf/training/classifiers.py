@@ -15,7 +15,7 @@ from vitreg_hf.model.configuration_vitreg import ViTRegConfig
 from vitreg_hf.model.image_processing_vitreg import ViTRegImageProcessor
 from vitreg_hf.model.modeling_vitreg import ViTRegForImageClassification
 from vitreg_hf.training.augmentation import Mixing, model_size
-from vitreg_hf.training.batch_size import find_batch_size, training_probe
+from vitreg_hf.training.batch_size import find_batch_size, recompute_activations, training_probe
 from vitreg_hf.training.classification_settings import ImageClassificationSettings
 from vitreg_hf.training.finetuning import check_family, freeze, load_for_finetuning, processor_for, train_mode
 from vitreg_hf.training.lora import add_lora
@@ -51,8 +51,9 @@ def create_model(settings: ImageClassificationSettings, class_names: Sequence[st
         model = ViTRegForImageClassification(config)
     else:
         model = _loaded(settings, settings.init_from, class_names)
+        settings.check_colours(model.config.num_channels)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model)
     return model
 
 

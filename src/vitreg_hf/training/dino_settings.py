@@ -120,6 +120,10 @@ class DinoSettings(ImageDataSettings, TrainingSettings):
         expect(self.optimizer == "adamw", "the optimizer adamw", self.optimizer)
         # Balanced targets and KoLeo look at the whole batch: more batches of fewer images are another training.
         expect(not self.auto_find_batch_size, "a chosen batch size", "auto_find_batch_size")
+        expect(self.replay is None, "a training of classification to replay", self.replay)
+        lowest = min(self.teacher_temperature, self.warmup_teacher_temperature)
+        safe = self.targets != "sinkhorn" or lowest >= 0.02  # scores lie in [-1, 1]: below it, exponentials vanish
+        expect(safe, "teacher temperatures of 0.02 or more with the targets sinkhorn", lowest)
         alone = self.koleo_weight > 0 and self.per_device_train_batch_size < 2
         expect(not alone, "2 images per batch or more for koleo_weight", self.per_device_train_batch_size)
 

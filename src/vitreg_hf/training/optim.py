@@ -4,6 +4,7 @@
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -55,15 +56,29 @@ def _joined(groups: Groups, top: int, apart: bool) -> list[tuple[tuple[int, bool
     return sorted(joined.items(), key=lambda group: not group[0][1])
 
 
-def create_optimizer(model: ViTRegPreTrainedModel, settings: TrainingSettings) -> Optimizer:
-    """AdamW, all of whose parameters are updated in one kernel, or LAMB (You et al., arXiv 1904.00962).
+def one_kernel(accelerator: Accelerator) -> bool | None:
+    """Whether AdamW may update all parameters in one kernel (`fused`); None leaves the choice to PyTorch.
+
+    With fp16 it may not: that kernel passes over steps whose gradients have overflowed by itself. Accelerate would see
+    a step like any other, and schedule and averages would go on.
+    """
+    return None if accelerator.mixed_precision == "fp16" else True
+
+
+def create_optimizer(model: ViTRegPreTrainedModel, settings: TrainingSettings, fused: bool | None = True) -> Optimizer:
+    """AdamW, or LAMB (You et al., arXiv 1904.00962).
+
+    Args:
+        model: not wrapped.
+        settings: learning rate, decay, moments.
+        fused: of AdamW, as `one_kernel` says.
 
     Raises:
         ValueError: for LAMB without timm, whose implementation it is.
     """
     groups, betas = parameter_groups(model, settings), (settings.adam_beta1, settings.adam_beta2)
     if settings.optimizer == "adamw":
-        return AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)
+        return AdamW(groups, lr=settings.learning_rate, betas=betas, fused=fused)
     try:
         from timm.optim import Lamb
     except ImportError as error:

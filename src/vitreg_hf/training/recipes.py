@@ -141,6 +141,7 @@ def _deit3(
         settings={**_SIZES[size], **_DEIT3, **own, "per_device_train_batch_size": per_device},
         notes=(
             "Four registers, CLS with a position of its own, and LAMB of timm (extra `convert`) instead of apex.",
+            "Images are resized bilinearly (there: bicubic).",
             "Gradients are clipped to 1.0, as the paper is remembered to say (unverified): its commands do not say.",
             "The source averages weights too, but evaluates those of the last step: so ema_decay is not set.",
             "A shorter training wants other settings: after 100 of the 800 epochs the small model has 63.1 %.",
@@ -262,7 +263,10 @@ _DINOV2_SHORT = Recipe(
         **{"student_temperature": 0.1, "teacher_temperature": 0.07, "warmup_teacher_temperature": 0.04},
         **{"warmup_teacher_ratio": 0.3, "teacher_momentum": 0.992, "eval_steps": 12_500, "knn_neighbours": 20},
     },
-    notes=("Four registers.",),
+    notes=(
+        "Four registers.",
+        "Prototypes do not decay, and crops are resized bilinearly; not compared with the source.",
+    ),
 )
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(

@@ -121,6 +121,8 @@ class SegmentationSettings(SegmentationDataSettings, TrainingSettings):
         scale = self.random_scale
         expect(len(scale) == 2 and 0 < scale[0] <= scale[1], "random_scale with 0 < low <= high", scale)
         expect(self.optimizer == "adamw", "the optimizer adamw", self.optimizer)
+        expect(not self.auto_find_batch_size, "a chosen batch size", "auto_find_batch_size")
+        expect(self.replay is None, "a training of classification to replay", self.replay)
         self.tuning = self.tuning or ("full" if self.init_from is None else "linear")
         expect(self.init_from is not None or self.tuning == "full", "init_from with linear tuning", "random weights")
         shape = [name for name in _SHAPE if getattr(self, name) is not None]

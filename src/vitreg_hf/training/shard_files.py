@@ -5,6 +5,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterable, Sequence
+from functools import cache
 from glob import glob
 from itertools import chain
 from pathlib import Path
@@ -77,6 +78,7 @@ def check_numbering(files: Iterable[str], column: str, class_names: Sequence[str
             raise ValueError(f"Expected one numbering of the classes in all files, got another in {file}: {others}")
 
 
+@cache  # a stream asks again for every pass that it skips
 def count_rows(file: str) -> int | None:
     """Rows of a parquet file by its footer, samples of a local tar by its headers; None for what must be read."""
     if ".parquet" in os.path.basename(file):

@@ -7,7 +7,7 @@ here does nothing to models that stay whole, so that a training reads the same w
 
 import copy
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -46,6 +46,11 @@ def shard_like(module: nn.Module, model: nn.Module) -> None:
         fully_shard(module.get_submodule(name), mesh=meshes[0], reshard_after_forward=True)
 
 
+def bare_model(accelerator: Accelerator, model: nn.Module) -> Any:
+    """The model inside what Accelerate puts around it for several processes, precision and compilation."""
+    return accelerator.unwrap_model(model, keep_torch_compile=False)
+
+
 def spare_copy(accelerator: Accelerator, model: Model) -> Model | None:
     """A copy of a model that is about to be sharded, for `whole_model`; to be made before `prepare`.
 
@@ -68,7 +73,7 @@ def whole_model(accelerator: Accelerator, model: nn.Module, spare: Model | None)
     Returns:
         The model without wrapper; of a sharded one, the spare copy in the main process and None in the others.
     """
-    model = accelerator.unwrap_model(model)
+    model = bare_model(accelerator, model)
     if not any(isinstance(part, FSDPModule) for part in model.modules()):
         return model
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

@@ -10,7 +10,7 @@ class Timetable:
     """Steps and epochs of a training.
 
     An epoch is one pass over the images where their number is known; it ends with the step that takes the last of
-    them, which may already take some of the next pass. Elsewhere it is a number of steps.
+    them, which may already take some of the next pass, and has one step at least. Elsewhere it is a number of steps.
 
     Args:
         images_per_step: images in one update of the weights, of all processes and accumulated batches.
@@ -55,4 +55,6 @@ class Timetable:
             return epoch * self.steps_per_epoch
         if self.num_images is None:
             return epoch * self.total_steps  # one epoch, evaluated at its end
+        if self.num_images < self.images_per_step:
+            return epoch
         return math.ceil(epoch * self.num_images / self.images_per_step)
