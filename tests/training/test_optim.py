@@ -157,6 +157,7 @@ def test_one_kernel_updates_all_but_in_fp16(precision: str, fused: bool | None) 
 def test_a_step_that_overflows_in_fp16_is_seen_to_be_left_out(model: ViTRegForImageClassification) -> None:
     """With the fused kernel Accelerate would take it for a step like any other."""
     launch = cast(Accelerator, SimpleNamespace(mixed_precision="fp16"))
+    Accelerator(cpu=True)  # the wrapped optimizer asks for its state
     scaler = torch.amp.GradScaler("cpu")
     optimizer = create_optimizer(model, ImageClassificationSettings(), one_kernel(launch))
     wrapped = AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
