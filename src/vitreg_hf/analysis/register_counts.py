@@ -44,6 +44,7 @@ class Quantity:
 
 
 _SHARE = "% of the first"
+_ROUNDING = 1e-9  # of what is equal for all seeds
 
 QUANTITIES = {
     "accuracy": Quantity("Held-out images classified correctly", "accuracy", "%", 100, better="more"),
@@ -192,7 +193,7 @@ def _cell(of_quantity: Mapping[str, Any], name: str, count: str) -> str:
         return "-"
     mean, factor = of_quantity["mean"][count], QUANTITIES[name].factor
     half = None if mean["low"] is None else factor * (mean["high"] - mean["low"]) / 2
-    text = f"{factor * mean['mean']:.4g}" + (f" ± {half:.2g}" if half else "")
+    text = f"{factor * mean['mean']:.4g}" + (f" ± {half:.2g}" if half and half > _ROUNDING * abs(mean["high"]) else "")
     change = of_quantity.get("change", {}).get(count)
     return text + " *" if change is not None and change["verdict"] in ("higher", "lower") else text
 
