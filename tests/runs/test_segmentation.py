@@ -118,7 +118,7 @@ def test_sigterm_writes_a_checkpoint_and_has_a_code_of_its_own(trainer, pairs, w
 
 def test_two_processes_train_as_one_does(trainer, pairs, tmp_path):
     """The same images per step, without BatchNorm, whose statistics are those of a process."""
-    same = [*SMALL, "--no_batch_norm", "--num_train_epochs", "2", "--train_dir", pairs]
+    same = [*SMALL, "--no_batch_norm", "--random_scale", "1", "1", "--num_train_epochs", "2", "--train_dir", pairs]
     one = trainer.run(SEGMENT, *same, "--output_dir", tmp_path / "one")
     assert one.returncode == 0, one.stderr
     both = ["--per_device_train_batch_size", "2", "--output_dir", tmp_path / "two"]
@@ -131,7 +131,7 @@ def test_two_processes_train_as_one_does(trainer, pairs, tmp_path):
 
 
 def test_squares_are_learned_and_read_back_by_the_pipeline(trainer, pairs, tmp_path):
-    longer = ["--num_train_epochs", "12", "--learning_rate", "5e-3"]
+    longer = ["--random_scale", "1", "1", "--num_train_epochs", "12", "--learning_rate", "5e-3"]
     done = trainer.run(SEGMENT, *SMALL, *longer, "--train_dir", pairs, "--output_dir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert results_in(tmp_path)["metrics"]["mean_iou"] > 0.8

@@ -88,7 +88,7 @@ class SegmentationDataSettings:
 class SegmentationSettings(SegmentationDataSettings, TrainingSettings):
     """The defaults are scenes of digits; a setting that makes no sense raises `ValueError` when the object is made."""
 
-    num_train_epochs: int = option(20, "passes over the training images")
+    num_train_epochs: int = option(60, "passes over the training images")
 
     # Model
     init_from: str | None = option(
@@ -110,7 +110,9 @@ class SegmentationSettings(SegmentationDataSettings, TrainingSettings):
     drop_path_rate: float = option(0.0, "stochastic depth rate of the last block")
 
     # Augmentation
-    random_scale: list[float] = listed([1.0, 1.0], "range of the size before a crop of image_size is cut out: 0.5 2.0")
+    random_scale: list[float] = listed(
+        [0.7, 1.5], "range of the size before a crop of image_size is cut out; 1 1: none"
+    )
     horizontal_flip: bool | None = option(None, "mirror half of the images; left out: all but digits", **SWITCH)
 
     def __post_init__(self) -> None:
