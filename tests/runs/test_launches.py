@@ -141,8 +141,8 @@ class TestRefused:
         self, trainer: Trainer, tmp_path: Path, environment: dict[str, str], message: str
     ) -> None:
         argv = [*TINY, "--output_dir", tmp_path / "never"]
-        for job in trainer.start_ranks(CLASSIFY, *argv, environment=environment):
-            refused = job.wait()
-            assert refused.returncode == 1
-            assert message in refused.stderr
+        refused = [job.wait() for job in trainer.start_ranks(CLASSIFY, *argv, environment=environment)]
+        assert [one.returncode for one in refused] == [1, 1]
+        # One that is still connecting loses its peer when that ends, and says so instead.
+        assert any(message in one.stderr for one in refused)
         assert not (tmp_path / "never").exists()

@@ -75,7 +75,7 @@ def test_another_number_of_processes_is_refused_or_accepted(trainer, tmp_path):
 
 def test_one_and_two_processes_train_the_same_model(trainer, tmp_path):
     """Of the same images per step, in the same order, with the same augmentation."""
-    argv = [*TINY, *AUGMENTED, "--label_smoothing_factor", "0.1", "--ema_decay", "0.8"]
+    argv = [*TINY, *AUGMENTED, "--label_smoothing_factor", "0.1", "--ema_decay", "0.8", "--logging_steps", "2"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert trainer.run(CLASSIFY, *argv, "--gradient_accumulation_steps", 6, "--output_dir", one).returncode == 0
     assert [job.returncode for job in launch(trainer, *argv, "--output_dir", two)] == [0, 0]
