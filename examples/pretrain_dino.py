@@ -32,14 +32,7 @@ from vitreg_hf.analysis.figures.self_supervision import knn_curve
 from vitreg_hf.model.fingerprint import fingerprint
 from vitreg_hf.training.augmentation import EvaluationTransform
 from vitreg_hf.training.batch_size import recompute_activations
-from vitreg_hf.training.checkpointing import (
-    Progress,
-    agreed_checkpoint,
-    load_checkpoint,
-    no_totals,
-    own_totals,
-    totals_of_all,
-)
+from vitreg_hf.training.checkpointing import agreed_checkpoint, load_checkpoint, no_totals
 from vitreg_hf.training.command_line import parse_settings
 from vitreg_hf.training.data import load_images
 from vitreg_hf.training.dino_settings import MODEL_SETTINGS, DinoSettings
@@ -55,7 +48,7 @@ from vitreg_hf.training.launch import create_accelerator, describe_launch
 from vitreg_hf.training.nearest_neighbours import knn_accuracy
 from vitreg_hf.training.optim import one_kernel
 from vitreg_hf.training.results import describe_data, hardware, staged_folder, versions, write_results
-from vitreg_hf.training.running import Saver, StopRequest, outlive_stop
+from vitreg_hf.training.running import Resumable, Saver, StopRequest, outlive_stop
 from vitreg_hf.training.sampling import BatchStream, SampleStream
 from vitreg_hf.training.schedules import cosine, learning_rates, linear, set_weight_decay
 from vitreg_hf.training.seeding import seed_step, seed_weights
@@ -80,7 +73,7 @@ LOSSES = ("dino", "ibot", "koleo", "gram")
 
 
 @dataclass
-class Training:
+class Training(Resumable):
     """What the loop turns, and where it is."""
 
     settings: DinoSettings
@@ -102,26 +95,6 @@ class Training:
     step: int = 0  # updates of the weights so far
     position: int = 0  # training samples taken so far, by all processes
     curve: list[dict[str, Any]] = field(default_factory=list)
-
-    def progress(self) -> Progress:
-        """Where the training is; to be called by every process."""
-        return Progress(self.step, self.position, self.curve, totals_of_all(self.totals), self.log.state(), self.fixed)
-
-    def resume(self, progress: Progress) -> None:
-        """Go on from where another run of this training was.
-
-        Raises:
-            ValueError: if its steps took another number of images: there would be another number of them, too.
-        """
-        taken, expected = progress.position, progress.step * self.timetable.images_per_step
-        if taken != expected:
-            raise ValueError(
-                f"Expected {taken // progress.step} images per step as in the checkpoint, got "
-                f"{self.timetable.images_per_step}: gradient_accumulation_steps makes up for processes and batch sizes"
-            )
-        self.step, self.position, self.curve = progress.step, progress.position, progress.curve
-        self.totals = own_totals(progress.totals, self.accelerator).to(self.totals)
-        self.log.load_state(progress.log, progress.step)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -18,14 +18,14 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import PreTrainedModel
 
 from vitreg_hf.training.augmentation import Mixing
-from vitreg_hf.training.checkpointing import Progress, no_totals, own_totals, totals_of_all
+from vitreg_hf.training.checkpointing import Progress, no_totals
 from vitreg_hf.training.classification_data import HeldOut
 from vitreg_hf.training.classification_settings import ImageClassificationSettings
 from vitreg_hf.training.curve import describe_epoch
 from vitreg_hf.training.finetuning import train_mode
 from vitreg_hf.training.losses import Loss
 from vitreg_hf.training.replay import load_replay, replay
-from vitreg_hf.training.running import Saver
+from vitreg_hf.training.running import Resumable, Saver
 from vitreg_hf.training.seeding import seed_step
 from vitreg_hf.training.sharding import bare_model
 from vitreg_hf.training.timetable import Timetable
@@ -33,7 +33,7 @@ from vitreg_hf.training.training_log import TrainingLog
 
 
 @dataclass
-class Training:
+class Training(Resumable):
     """What the loop turns, and where it is. Every process calls its methods at the same time."""
 
     settings: ImageClassificationSettings
@@ -59,30 +59,13 @@ class Training:
     def __post_init__(self) -> None:
         self.totals = no_totals(4, self.accelerator.device)
 
-    def progress(self) -> Progress:
-        """Where the training is."""
-        totals, skipped = totals_of_all(self.totals), self.all_skipped()
-        return Progress(self.step, self.position, self.curve, totals, self.log.state(), self.fixed, skipped)
-
     def all_skipped(self) -> list[str]:
         """What all processes have left out."""
         return sorted(set(gather_object(sorted(self.skipped))))
 
     def resume(self, progress: Progress) -> None:
-        """Go on from where another run of this training was.
-
-        Raises:
-            ValueError: if its steps took another number of images: there would be another number of them, too.
-        """
-        taken, expected = progress.position, progress.step * self.timetable.images_per_step
-        if taken != expected:
-            raise ValueError(
-                f"Expected {taken // progress.step} images per step as in the checkpoint, got "
-                f"{self.timetable.images_per_step}: gradient_accumulation_steps makes up for processes and batch sizes"
-            )
-        self.step, self.position, self.curve = progress.step, progress.position, progress.curve
-        self.totals = own_totals(progress.totals, self.accelerator).to(self.totals)
-        self.log.load_state(progress.log, progress.step)
+        """Go on from where another run of this training was."""
+        super().resume(progress)
         self.skipped.update(progress.skipped)
 
     def entry_of_epoch(self, metrics: Mapping[str, Any], seconds_of_evaluation: float) -> dict[str, Any]:

@@ -12,10 +12,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from vitreg_hf.training.checkpointing import CheckpointError, Progress, save_checkpoint
+from vitreg_hf.training.checkpointing import (
+    CheckpointError,
+    Progress,
+    own_totals,
+    save_checkpoint,
+    totals_of_all,
+)
+from vitreg_hf.training.timetable import Timetable
+from vitreg_hf.training.training_log import TrainingLog
 
 # Neither success (0) nor failure (1, 2) nor death by a signal (128 and more): schedulers that restart jobs use this
 # number for "checkpointed, start me again".
@@ -120,3 +128,41 @@ class Saver:
             print(f"saved     {checkpoint}")
         self.accelerator.end_training()
         sys.exit(STOPPED_EXIT_CODE)
+
+
+class Resumable:
+    """What every training says of where it is, for a dataclass with these fields. Every process calls it at once."""
+
+    accelerator: Accelerator
+    timetable: Timetable
+    log: TrainingLog
+    fixed: dict[str, Any]  # what a run that continues this one must have in common with it
+    totals: Tensor  # running sums of this process since the last evaluation
+    step: int  # updates of the weights so far
+    position: int  # training samples taken so far, by all processes
+    curve: list[dict[str, Any]]
+
+    def all_skipped(self) -> list[str]:
+        """Images that all processes have left out."""
+        return []
+
+    def progress(self) -> Progress:
+        """Where the training is."""
+        totals, skipped = totals_of_all(self.totals), self.all_skipped()
+        return Progress(self.step, self.position, self.curve, totals, self.log.state(), self.fixed, skipped)
+
+    def resume(self, progress: Progress) -> None:
+        """Go on from where another run of this training was.
+
+        Raises:
+            ValueError: if its steps took another number of images: there would be another number of them, too.
+        """
+        taken, expected = progress.position, progress.step * self.timetable.images_per_step
+        if taken != expected:
+            raise ValueError(
+                f"Expected {taken // progress.step} images per step as in the checkpoint, got "
+                f"{self.timetable.images_per_step}: gradient_accumulation_steps makes up for processes and batch sizes"
+            )
+        self.step, self.position, self.curve = progress.step, progress.position, progress.curve
+        self.totals = own_totals(progress.totals, self.accelerator).to(self.totals)
+        self.log.load_state(progress.log, progress.step)
