@@ -9,6 +9,12 @@ Trains a classifier for every number of registers and every seed (what follows `
 `train_image_classification.py`), measures all of them in the same way, and writes one table, one picture and
 `results.json`. A training that is finished is not repeated, an interrupted one is continued exactly: the same command
 goes on, SIGTERM ends it between two steps with exit code 85.
+
+Measured, in `docs/ablation`: without arguments, 18 models of 8 epochs on digits, 8 minutes of one core. None of them
+has an outlier, so registers have nothing to repair. Accuracy (means over three seeds of 96.8 to 97.6 %) and the dense
+probe (23.5 to 24.7 % mIoU on mosaics of four held-out digits; guessing gives 5 %) show no difference that three seeds
+can tell. What registers cost can be told: four beside 16 patches take 23 % more operations and memory and leave 80 %
+of the speed. Beside the 196 patches of ViT-B/16 they are the 2 % that the paper says.
 """
 
 import importlib.util
