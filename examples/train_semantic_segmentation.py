@@ -8,7 +8,12 @@
 One linear layer reads the class of every pixel off the patch tokens, behind BatchNorm, as DINOv2 evaluates features.
 `--tuning linear` leaves the model as it is, `--tuning full` trains it too. Without arguments a small model is trained
 from random weights on scenes of scanned digits, which need no download. Images are resized to a square as the image
-processor does, and scored there. `examples/README.md` has the numbers.
+processor does, and scored there.
+
+Measured on the 150 held-out scenes, 60 epochs: 20.6 % mean IoU from random weights (2.7 minutes of one core; all
+background would be 7.8 %), 25.2 % when the classifier of clean digits (`train_image_classification.py`) is tuned. Its
+frozen tokens tell nothing here (7.9 %; untrained ones 8.1 %): it never saw colours, noise or dark ink. Tokens that did
+learn on scenes, frozen under a new linear layer, give 19.2 % after 6 epochs.
 """
 
 import shlex
