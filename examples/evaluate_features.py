@@ -53,6 +53,7 @@ from vitreg_hf.training.linear_probe import (
 )
 from vitreg_hf.training.nearest_neighbours import knn_accuracy
 from vitreg_hf.training.results import describe_data, hardware, staged_folder, versions, write_results
+from vitreg_hf.training.running import exit_with_a_sentence
 from vitreg_hf.training.sampling import BatchStream, SampleStream
 from vitreg_hf.training.seeding import seed_weights
 
@@ -253,7 +254,8 @@ def save(run: Evaluation, results: dict[str, Any]) -> None:
     print(table(results))
     if metrics.get("learning_rate") in (min(rates), max(rates)):
         print("The best learning rate is at the edge of the grid: others beyond it may do better (--learning_rates).")
-    print(f"accuracy  {metrics['accuracy']:.4f} on {metrics['n']} held-out images")
+    where = f"{metrics['n']} held-out images of {results['data']['source']}, by {run.settings.model}"
+    print(f"accuracy  {metrics['accuracy']:.4f} on {where}")
     files = {"results": "results.json", "table": "table.md"} | (
         {"picture": "probe_sweep.png"} if "sweep" in results else {}
     )
@@ -262,4 +264,4 @@ def save(run: Evaluation, results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_a_sentence(main)

@@ -59,7 +59,7 @@ from vitreg_hf.training.data import load_images
 from vitreg_hf.training.labelled_images import ImageClassificationData, LabelledImages
 from vitreg_hf.training.mosaics import mosaics
 from vitreg_hf.training.results import processor_name, versions, write_results
-from vitreg_hf.training.running import STOPPED_EXIT_CODE
+from vitreg_hf.training.running import STOPPED_EXIT_CODE, exit_with_a_sentence
 from vitreg_hf.training.segmentation_metrics import MeanIoU
 from vitreg_hf.training.settings import expect, listed, option
 
@@ -324,4 +324,4 @@ def write(
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_a_sentence(main)

@@ -62,7 +62,7 @@ from vitreg_hf.training.losses import classification_loss
 from vitreg_hf.training.metrics import Accuracy, TopKAccuracy
 from vitreg_hf.training.optim import create_ema, create_optimizer, create_schedule, one_kernel
 from vitreg_hf.training.results import describe_data, describe_training, staged_folder, write_results
-from vitreg_hf.training.running import Saver, StopRequest
+from vitreg_hf.training.running import Saver, StopRequest, exit_with_a_sentence
 from vitreg_hf.training.seeding import seed_step
 from vitreg_hf.training.sharding import bare_model, clip_gradients, shard_like, spare_copy, whole_model
 from vitreg_hf.training.speed import describe_speed
@@ -99,6 +99,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         accelerator.print(f"left out  {len(unreadable)} images that cannot be decoded (listed in results.json)")
     processor = create_processor(settings, model.config)
     transform = training_transform(settings, processor)
+    learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    weights = f"{learning:,} of {model.num_parameters():,} weights"
+    images = f"{data.train.num_images or 'an unknown number of'} images of {len(data.class_names)} classes"
+    accelerator.print(f"trains    {weights} on {images}")
 
     with StopRequest(accelerator) as stop:
         run = create_training(settings, accelerator, model, data, processor, stop)
@@ -371,4 +375,4 @@ def push(settings: ImageClassificationSettings) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_a_sentence(main)

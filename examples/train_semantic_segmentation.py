@@ -45,7 +45,7 @@ from vitreg_hf.training.guards import LossGuard, TrainingDiverged
 from vitreg_hf.training.launch import create_accelerator, describe_launch
 from vitreg_hf.training.optim import create_optimizer, create_schedule, one_kernel
 from vitreg_hf.training.results import hardware, staged_folder, versions, write_results
-from vitreg_hf.training.running import Resumable, Saver, StopRequest, outlive_stop
+from vitreg_hf.training.running import Resumable, Saver, StopRequest, exit_with_a_sentence, outlive_stop
 from vitreg_hf.training.sampling import BatchStream, SampleStream
 from vitreg_hf.training.seeding import seed_step, seed_weights
 from vitreg_hf.training.segmentation_augmentation import CollateScenes, SceneEvaluation, SceneTransform
@@ -396,4 +396,4 @@ def draw(
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_a_sentence(main)

@@ -1,5 +1,5 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
-"""SIGTERM: a checkpoint, a message, an exit code of its own, and a continuation that is exact."""
+"""SIGTERM or Ctrl-C: a checkpoint, a message, an exit code of its own, and a continuation that is exact."""
 
 import random
 import signal
@@ -21,6 +21,15 @@ def test_asked_to_stop_it_checkpoints_the_step_and_says_so(trainer, uninterrupte
     assert not (tmp_path / "results.json").exists()
     # nothing is done twice and nothing is left out
     assert trainer.run(CLASSIFY, *argv, "--save_steps", 2).returncode == 0
+    assert differing(tmp_path, uninterrupted) == []
+
+
+def test_ctrl_c_stops_like_a_scheduler(trainer, uninterrupted, tmp_path):
+    argv = [*RANDOM, *NEWEST, "--output_dir", tmp_path]
+    stopped = trainer.run(CLASSIFY, *argv, fault={"backward": 8, "signal": signal.SIGINT})
+    assert stopped.returncode == 85, stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert trainer.run(CLASSIFY, *argv).returncode == 0
     assert differing(tmp_path, uninterrupted) == []
 
 

@@ -153,7 +153,8 @@ def checkpoint_to_resume(wanted: str | None, folder: Path) -> Path | None:
     if wanted is None:
         if found:
             raise ValueError(
-                f"Expected a folder without checkpoints for a new training, got {found[-1]}: resume it (latest)"
+                f"Expected a folder without checkpoints for a new training, got {found[-1]}: resume it "
+                "(--resume_from_checkpoint latest) or name another output_dir"
             )
         return None
     if wanted not in ("latest", "auto"):

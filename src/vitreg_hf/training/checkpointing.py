@@ -213,7 +213,11 @@ def load_checkpoint(
     record = json.loads((checkpoint / PROGRESS).read_text())
     changes = changed_settings(record["settings"], settings)
     if changes and not accept_changes:
-        raise ValueError(f"Expected the settings that {checkpoint} was written with: {', '.join(changes)}")
+        raise ValueError(
+            f"Expected the settings that {checkpoint} was written with: {', '.join(changes)}; "
+            "resume_with_changes accepts them"
+        )
+    accelerator.print(f"continues {checkpoint}")
     if changes and accelerator.is_main_process:
         print(f"continued with other settings than before, so not exactly: {', '.join(changes)}")
     _check_kind(accelerator, checkpoint)

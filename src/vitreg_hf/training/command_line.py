@@ -39,7 +39,8 @@ def parse_settings(settings: type[Settings], *tasks: Task, argv: Sequence[str] |
     parser = HfArgumentParser(DataClassType(settings))
     if name is not None:
         chosen = recipe(name)
-        expect(chosen.task in tasks, f"a recipe for {' or '.join(tasks)}", f"{name} for {chosen.task}")
+        wanted = f"a recipe for {' or '.join(tasks)}" if tasks else "no recipe, as there is none for this script"
+        expect(chosen.task in tasks, wanted, f"{name} for {chosen.task}")
         parser.set_defaults(**settings_of(chosen, settings))
     (made,) = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
     if name is not None:

@@ -70,7 +70,7 @@ def describe_data(
     """Section `data` of the results: where the images come from and how many there are; None if nobody knows."""
     folder = os.path.abspath(data.source)
     return {
-        "source": data.source,
+        "source": os.path.basename(os.path.normpath(data.source)) if os.path.isabs(data.source) else data.source,
         "hub_id": data.hub_id,
         "license": data.license,
         "classes": data.class_names,

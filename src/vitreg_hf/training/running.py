@@ -30,24 +30,37 @@ from vitreg_hf.training.training_log import TrainingLog
 STOPPED_EXIT_CODE = 85
 
 
-class StopRequest:
-    """Whether SIGTERM has asked this training to stop: by a scheduler that wants the machine back, or by a person.
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
 
-    As a context manager it listens, and puts back what listened before.
+
+def exit_with_a_sentence(main: Callable[[], None]) -> None:
+    """Run a program that a mistake of its user ends without a traceback: messages of ours begin with "Expected"."""
+    try:
+        main()
+    except ValueError as error:
+        if not str(error).lower().startswith("expected"):
+            raise
+        sys.exit(str(error))
+
+
+class StopRequest:
+    """Whether a training was asked to stop: by SIGTERM of a scheduler that wants the machine back, or by Ctrl-C.
+
+    As a context manager it listens, and puts back what listened before. A second Ctrl-C ends the program at once.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator, self.received = accelerator, False
-        self._before: Any = None
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._receive)
+            self._before = {number: signal.signal(number, self._receive) for number in _STOPPING}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
     def agreed(self) -> bool:
         """Whether any process was asked; to be called by all of them at the same step."""
@@ -57,15 +70,18 @@ class StopRequest:
         return bool(self.accelerator.reduce(asked, reduction="sum").item())
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received:
+            raise KeyboardInterrupt
         self.received = True
 
 
 def outlive_stop(worker: int) -> None:
-    """Have a process that loads images heed its parent's SIGTERM alone: the `worker_init_fn` of a loader.
+    """Have a process that loads images heed its parent's SIGTERM alone, not Ctrl-C: the `worker_init_fn` of a loader.
 
     Schedulers send the signal to every process of a job at once, but a training needs its batches until it has written
     its checkpoint. The parent sends it when it exits. Systems that do not tell who sent a signal (macOS) go without.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # of this thread and those that it starts
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()

@@ -198,7 +198,7 @@ class TrainingLog:
         self._last, self._losses = state["last"], list(state["losses"])
         self._images, self._seconds = state["images"], state["seconds"]
         self.guard.load_state(state["guard"])
-        self.bar.initial = self.bar.n = step
+        self.bar.initial = self.bar.n = self.bar.last_print_n = step
         self.bar.refresh()
         self._start_file(step)
         self._since = time.perf_counter()
