@@ -222,11 +222,8 @@ def load_checkpoint(
         print(f"continued with other settings than before, so not exactly: {', '.join(changes)}")
     _check_kind(accelerator, checkpoint)
     groups = _options_of_groups(scheduler.optimizer)
-    absent = [name for name in modules or {} if not any(checkpoint.glob(f"{name}*"))]
     try:
-        if absent:
-            raise ValueError(f"there is no {' and no '.join(absent)} in it")
-        _load_state(accelerator, checkpoint)
+        _load_weights(accelerator, checkpoint, modules or {})
     except (ValueError, RuntimeError) as error:  # of PyTorch, if parameters or their groups are others
         if not changes:
             raise
@@ -234,18 +231,29 @@ def load_checkpoint(
             f"Expected settings with which {checkpoint} can be continued, got {', '.join(changes)}: {error}. Start "
             "from its weights with init_from"
         ) from error
-    scheduler_state = record.pop("scheduler")
-    if changes:  # learning rates, decay and schedule are those of the new settings
+    if changes:
         accelerator.step = 0  # batches so far, whose sum need not be a multiple of what is accumulated from now on
-        for group, options in zip(scheduler.optimizer.param_groups, groups, strict=True):
-            group.update(options)
-        scheduler.last_epoch, scheduler._step_count = scheduler_state["last_epoch"] - 1, scheduler_state["_step_count"]
-        scheduler.step()  # to the rate of that step by the new schedule
+        _continue_with(scheduler, groups, record["scheduler"])
     else:
-        scheduler.load_state_dict(scheduler_state)
-    for name, module in (modules or {}).items():
-        _load_module(module, checkpoint / name)
+        scheduler.load_state_dict(record["scheduler"])
+    del record["scheduler"]
     return Progress(**{**record, "settings": settings})
+
+
+def _load_weights(accelerator: Accelerator, checkpoint: Path, modules: Mapping[str, nn.Module]) -> None:
+    if absent := [name for name in modules if not any(checkpoint.glob(f"{name}*"))]:
+        raise ValueError(f"there is no {' and no '.join(absent)} in it")
+    _load_state(accelerator, checkpoint)
+    for name, module in modules.items():
+        _load_module(module, checkpoint / name)
+
+
+def _continue_with(scheduler: LRScheduler, groups: list[dict[str, Any]], saved: dict[str, Any]) -> None:
+    """Learning rates, decay and schedule of the new settings, at the step of the checkpoint."""
+    for group, options in zip(scheduler.optimizer.param_groups, groups, strict=True):
+        group.update(options)
+    scheduler.last_epoch, scheduler._step_count = saved["last_epoch"] - 1, saved["_step_count"]
+    scheduler.step()  # to the rate of that step by the new schedule
 
 
 def _check_kind(accelerator: Accelerator, checkpoint: Path) -> None:
