@@ -45,7 +45,9 @@ def test_an_explosion_in_the_first_steps_stops_too():
 
 
 def test_factor_0_lets_every_finite_loss_pass():
-    fed(LossGuard(0), [1.0] * 60 + [1e30])
+    guard = LossGuard(0)
+    fed(guard, [1.0] * 60 + [1e30])
+    assert guard.state()["seen"] == 61
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -55,12 +57,16 @@ def test_a_training_that_goes_well_is_left_alone(seed):
     usual = 2.3 * np.exp(-np.linspace(0, 7, 2_000))
     losses = usual * np.exp(noise.normal(0, 0.5, 2_000))
     losses[200::97] = 2.0
-    fed(LossGuard(10), losses.tolist())
+    guard = LossGuard(10)
+    fed(guard, losses.tolist())
+    assert guard.state()["seen"] == 2_000
 
 
 def test_losses_below_zero_are_no_spikes():
     noise = np.random.default_rng(0)
-    fed(LossGuard(10), (-3 + noise.normal(0, 0.5, 500)).tolist())
+    guard = LossGuard(10)
+    fed(guard, (-3 + noise.normal(0, 0.5, 500)).tolist())
+    assert guard.state()["seen"] == 500
 
 
 def test_a_resumed_guard_judges_as_one_that_never_stopped():
