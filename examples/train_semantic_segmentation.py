@@ -243,8 +243,10 @@ def create_model(settings: SegmentationSettings, class_names: Sequence[str]) -> 
     backbone = load_backbone(settings.init_from)
     size = settings.chosen_image_size or backbone.config.image_size
     model = ViTRegForSemanticSegmentation(ViTRegConfig.from_dict(backbone.config.to_dict(), image_size=size, **head))
-    positions = resized_positions(backbone, model.config.position_grid)
-    model.vitreg.load_state_dict(backbone.state_dict() | {"embeddings.position_embeddings": positions})
+    weights = backbone.state_dict()
+    if (positions := resized_positions(backbone, model.config.position_grid)) is not None:
+        weights["embeddings.position_embeddings"] = positions
+    model.vitreg.load_state_dict(weights)
     model.vitreg.requires_grad_(settings.tuning == "full")
     return model
 

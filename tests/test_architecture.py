@@ -25,8 +25,9 @@ ROWS = {
 # Inside the model every file names the siblings that it may import.
 MODEL_IMPORTS = {
     "configuration_checks": set(),
+    "configuration_arguments": {"configuration_checks"},
     "checkpoint_checks": set(),
-    "configuration_vitreg": {"configuration_checks"},
+    "configuration_vitreg": {"configuration_arguments", "configuration_checks"},
     "outputs": set(),
     "recording": set(),
     "processor_checks": set(),
@@ -35,11 +36,11 @@ MODEL_IMPORTS = {
     "token_layout": {"configuration_vitreg"},
     "position_embedding": {"configuration_vitreg"},
     "embeddings": {"configuration_vitreg", "token_layout", "position_embedding"},
-    "attention": {"configuration_vitreg", "recording", "token_layout"},
-    "layers": {"attention", "configuration_vitreg", "recording", "token_layout"},
+    "attention": {"configuration_vitreg", "position_embedding", "recording", "token_layout"},
+    "layers": {"attention", "configuration_vitreg", "position_embedding", "recording", "token_layout"},
     "modeling_vitreg": {
         *("attention", "checkpoint_checks", "configuration_vitreg", "embeddings", "layers", "outputs", "recording"),
-        "token_layout",
+        *("position_embedding", "token_layout"),
     },
     "image_processing_pil_vitreg": {"image_inputs", "processor_checks"},
     "image_processing_vitreg": {"image_inputs", "image_processing_pil_vitreg", "processor_checks"},

@@ -64,20 +64,13 @@ def test_wrong_values_say_what_was_expected_and_what_came(fields, message):
 
 
 RESERVED = {
-    "position_embedding_type": "rotary",
-    "cls_position_embedding": False,
-    "register_position_embeddings": True,
-    "embedding_norm": True,
-    "pooled_norm": True,
-    "separate_cls_norm": True,
-    "qk_norm": True,
     "num_test_time_registers": 1,
     "register_neurons": [[17, 884]],
 }
 
 
 @pytest.mark.parametrize("name", RESERVED)
-def test_room_for_other_sources_is_refused_until_built(name):
+def test_room_for_what_comes_later_is_refused_until_built(name):
     with pytest.raises(ValueError, match=f"Expected {name}=.*not built yet"):
         ViTRegConfig(**{name: RESERVED[name]})
 

@@ -5,11 +5,12 @@ A model is described, never changed: its blocks, the modules whose outputs the t
 residual stream, its patch embedding, and how many tokens stand before the patches. One more family is one more row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from vitreg_hf.model.token_layout import TokenLayout
 
@@ -21,7 +22,8 @@ class Paths:
     Attributes:
         blocks: list of blocks, from the model without its head.
         attention, ffn: inside a block, the module whose output its attention, its FFN, adds to the residual stream.
-        final_norm: norm that dense features are read after, or None where patches leave the model without one.
+        final_norm: norm that dense features are read after, a module or a method, or None where patches leave the
+            model without one.
         patches: patch embedding, before positions; None for text models.
         cls_tokens: names of the tokens before registers and patches.
     """
@@ -39,7 +41,7 @@ _LLAMA = Paths("layers", "self_attn", "mlp", "norm")
 _SCALED = ("layer_scale1", "layer_scale2")
 
 VISION_PATHS = {
-    "vitreg": Paths("layers", *_SCALED, "layernorm", "embeddings.patch_embeddings"),
+    "vitreg": Paths("layers", *_SCALED, "normed", "embeddings.patch_embeddings"),
     "vit": Paths("layers", "attention", "mlp", "layernorm", "embeddings.patch_embeddings"),
     "deit": Paths(
         "layers", "attention", "mlp", "layernorm", "embeddings.patch_embeddings", cls_tokens=("CLS", "distillation")
@@ -78,7 +80,7 @@ class Anatomy:
         backbone: the model without its head.
         blocks: its blocks, first to last.
         attention_branches, ffn_branches: per block, the module whose output is added to the residual stream.
-        final_norm: module, or None.
+        final_norm: a function of tokens `(B, N, D)`, a module for most families; None for none.
         patch_embedding: module, None for text.
         layout: tokens before the patches; None for text.
         prefix_names: name of each token before the patches.
@@ -90,7 +92,7 @@ class Anatomy:
     blocks: Sequence[nn.Module]
     attention_branches: Sequence[nn.Module]
     ffn_branches: Sequence[nn.Module]
-    final_norm: nn.Module | None
+    final_norm: Callable[[Tensor], Tensor] | None
     patch_embedding: nn.Module | None
     layout: TokenLayout | None
     prefix_names: tuple[str, ...]
@@ -184,7 +186,7 @@ def _described(family: str, backbone: nn.Module, paths: Paths, layout: TokenLayo
         blocks=blocks,
         attention_branches=[block.get_submodule(paths.attention) for block in blocks],
         ffn_branches=[block.get_submodule(paths.ffn) for block in blocks],
-        final_norm=None if paths.final_norm is None else backbone.get_submodule(paths.final_norm),
+        final_norm=None if paths.final_norm is None else attrgetter(paths.final_norm)(backbone),
         patch_embedding=None if paths.patches is None else backbone.get_submodule(paths.patches),
         layout=layout,
         prefix_names=() if layout is None else tuple(token_names(layout, names)),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_vitreg import ViTRegConfig
+from .position_embedding import Rotation, rotated
 from .recording import RecordedModule
 from .token_layout import TokenLayout, packed, unpacked
 
@@ -54,6 +55,14 @@ def eager_attention_forward(
     return torch.matmul(dropped, value).transpose(1, 2).contiguous(), probabilities
 
 
+def _placed(
+    query: Tensor, key: Tensor, value: Tensor, rotation: Rotation | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Views by head, `(B, h, N, d)` of `(B, N, h, d)`; queries and keys turned if positions are rotary."""
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    return (query, key, value) if rotation is None else (rotated(query, rotation), rotated(key, rotation), value)
+
+
 class ViTRegAttention(RecordedModule):
     """Multi-head self-attention over all tokens, through the backend that the config names."""
 
@@ -74,6 +83,9 @@ class ViTRegAttention(RecordedModule):
         self.k_proj = nn.Linear(width, inner, bias=has_bias(config.key_bias))
         self.v_proj = nn.Linear(width, inner, bias=has_bias(config.value_bias))
         self.o_proj = nn.Linear(inner, width, bias=config.proj_bias)
+        normed, eps = config.qk_norm, config.layer_norm_eps
+        self.q_norm = nn.LayerNorm(self.head_dim, eps=eps) if normed else nn.Identity()
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=eps) if normed else nn.Identity()
 
     def forward(
         self,
@@ -83,6 +95,7 @@ class ViTRegAttention(RecordedModule):
         output_attentions: bool = False,
         output_prefix_attentions: bool = False,
         group_sizes: Sequence[tuple[int, int]] = (),
+        rotations: Sequence[Rotation] = (),
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Attend.
@@ -94,18 +107,20 @@ class ViTRegAttention(RecordedModule):
             output_attentions: return the probabilities of all tokens.
             output_prefix_attentions: return those of CLS and registers.
             group_sizes: `(B_i, N_i)` of each group; with several, there are neither masks nor probabilities.
+            rotations: of all tokens, one per group; none without rotary positions.
 
         Returns:
             Output of the shape of `hidden_states`, probabilities `(B, h, N, N)` or None, those of the prefix
             `(B, h, prefix, N)` or None.
         """
-        projected = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        projected = self._projected(hidden_states)
         if len(group_sizes) > 1:
-            groups = zip(*(map(self._by_head, unpacked(part, group_sizes)) for part in projected), strict=True)
-            outputs = [self._attend(query, key, value, None, **kwargs)[0] for query, key, value in groups]
+            by_group = zip(*(unpacked(part, group_sizes) for part in projected), strict=True)
+            parts = [_placed(*group, *rotations[i : i + 1]) for i, group in enumerate(by_group)]
+            outputs = [self._attend(query, key, value, None, **kwargs)[0] for query, key, value in parts]
             return self.o_proj(packed([output.flatten(2) for output in outputs])), None, None
 
-        query, key, value = (self._by_head(part) for part in projected)
+        query, key, value = _placed(*projected, *rotations)
         attended, weights = self._attend(query, key, value, attention_mask, **kwargs)
         output = self.o_proj(attended.reshape(*hidden_states.shape[:-1], -1))
 
@@ -118,10 +133,15 @@ class ViTRegAttention(RecordedModule):
             prefix = attention_probabilities(asking, key, self.scaling, token_mask)
         return output, probabilities, prefix
 
-    def _by_head(self, tokens: Tensor) -> Tensor:
-        """View of `(B, N, h * d)` as `(B, h, N, d)`."""
+    def _projected(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values `(..., h, d)` of tokens `(..., D)`, the first two normed if the config says so."""
+        projections = self.q_proj, self.k_proj, self.v_proj
         # -1: a tensor-parallel rank holds some of the heads
-        return tokens.view(*tokens.shape[:-1], -1, self.head_dim).transpose(1, 2)
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)) for projection in projections
+        )
+        # Under autocast a norm gives float32, and some backends take one type alone.
+        return self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype), value
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any

@@ -14,6 +14,9 @@ POOLINGS = ("cls", "mean", "cls_mean", "cls_register_mean")
 DROP_PATH_SCHEDULES = ("linear", "uniform")
 DROP_PATH_KINDS = ("mask", "subset")
 INTERPOLATION_MODES = ("bicubic", "bilinear")
+POSITION_EMBEDDING_TYPES = ("learned", "rotary")
+ROPE_COORDINATES = ("centered", "grid")
+COORDINATE_AUGMENTATIONS = {"pos_embed_shift": 0, "pos_embed_jitter": 1, "pos_embed_rescale": 1}  # and their least
 
 # Far above every published model (the largest, ViT-22B, has 48 layers, a width of 6144 and 22 billion parameters), and
 # low enough that a config by itself costs seconds and megabytes. What weights may cost, `checkpoint_checks` says.
@@ -25,6 +28,7 @@ MOST = {
     "head_dim": 2**16,
     "num_channels": 4096,
     "num_register_tokens": 4096,
+    "num_classifier_layers": 1024,
 }
 MOST_PIXELS_PER_SIDE = 2**16
 MOST_POSITIONS = 2**20  # patches in the position table
@@ -39,15 +43,8 @@ MOST_NESTING = 32
 LABEL_MAPS = ("id2label", "label2id")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
-# Room kept for checkpoints of other sources: field -> (the one value that is built so far, who has another one).
+# Room kept for what is not built yet: field -> (the one value that is, and why).
 _RESERVED: dict[str, tuple[Any, str]] = {
-    "position_embedding_type": ("learned", "rotary positions are what DINOv3 has"),
-    "cls_position_embedding": (True, "a CLS token without a position is what DeiT-III has"),
-    "register_position_embeddings": (False, "registers with positions are what Virchow2 and timm's so150m have"),
-    "embedding_norm": (False, "a norm before the first block is what CLIP has"),
-    "pooled_norm": (False, "a norm on pooled features is what timm's average-pooled models have"),
-    "separate_cls_norm": (False, "a final norm of its own for CLS is what some DINOv3 models have"),
-    "qk_norm": (False, "normalised queries and keys are what some timm models have"),
     "num_test_time_registers": (0, "registers added after training are a later step of this package"),
     "register_neurons": (None, "registers added after training are a later step of this package"),
 }
@@ -187,13 +184,14 @@ def count_parameters(config: Any) -> int:
     up = 2 if config.use_swiglu_ffn else 1
     mlp = (up + 1) * width * inner + config.mlp_bias * (up * inner + width)
     scales = 0 if config.layerscale_value is None else 2 * width
-    (rows, columns), (patch_height, patch_width) = config.position_grid, config.patch_height_width
-    positions = config.num_cls_tokens + rows * columns
-    tokens = config.num_cls_tokens + config.num_register_tokens + config.use_mask_token + positions
-    patches = config.num_channels * patch_height * patch_width + 1
+    patch_height, patch_width = config.patch_height_width
+    tokens = config.num_cls_tokens + config.num_register_tokens + config.use_mask_token + config.num_positions
+    patches = config.num_channels * patch_height * patch_width + config.patch_bias
+    norms = 2 * (1 + config.embedding_norm + config.separate_cls_norm)
     classifier = (config.classifier_input_size + 1) * (config.num_labels or 0)
-    layers = config.num_hidden_layers * (attention + mlp + scales + 4 * width)
-    return layers + (tokens + patches + 2) * width + classifier
+    head_norms = 4 * config.attention_head_dim if config.qk_norm else 0
+    layers = config.num_hidden_layers * (attention + mlp + scales + 4 * width + head_norms)
+    return layers + (tokens + patches + norms) * width + classifier
 
 
 def _check_ranges(config: Any) -> None:
@@ -202,7 +200,7 @@ def _check_ranges(config: Any) -> None:
     probabilities = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_dropout_rate")
     for name in probabilities:
         _expect(0 <= getattr(config, name) < 1, name, "a probability in [0, 1)", getattr(config, name))
-    for name in ("initializer_range", "token_initializer_range", "layer_norm_eps"):
+    for name in ("initializer_range", "token_initializer_range", "layer_norm_eps", "rope_theta"):
         positive = 0 < getattr(config, name) <= sys.float_info.max
         _expect(positive, name, "a positive finite number", getattr(config, name))
     if config.layerscale_value is not None:
@@ -210,6 +208,10 @@ def _check_ranges(config: Any) -> None:
         _expect(finite, "layerscale_value", "None or a finite number", config.layerscale_value)
     offset = config.position_interpolation_offset
     _expect(0 <= offset <= sys.float_info.max, "position_interpolation_offset", "zero or more", offset)
+    for name, least in COORDINATE_AUGMENTATIONS.items():
+        extent = getattr(config, name)
+        right = extent is None or least <= extent <= sys.float_info.max
+        _expect(right, name, f"None or a finite number of at least {least}", extent)
 
 
 def _check_choices(config: Any) -> None:
@@ -218,6 +220,8 @@ def _check_choices(config: Any) -> None:
         "drop_path_schedule": DROP_PATH_SCHEDULES,
         "drop_path_kind": DROP_PATH_KINDS,
         "position_interpolation_mode": INTERPOLATION_MODES,
+        "position_embedding_type": POSITION_EMBEDDING_TYPES,
+        "rope_coordinates": ROPE_COORDINATES,
     }
     for name, allowed in choices.items():
         _expect(getattr(config, name) in allowed, name, f"one of {', '.join(allowed)}", getattr(config, name))
@@ -246,6 +250,8 @@ def _check_combinations(config: Any) -> None:
         _expect(False, "pooling", "mean, as use_cls_token=False leaves no CLS token to read", config.pooling)
     if config.pooling == "cls_register_mean" and config.num_register_tokens == 0:
         _expect(False, "num_register_tokens", "at least 1 for pooling='cls_register_mean'", 0)
+    _check_positions(config)
+    _check_final_norms(config)
     asked = config.output_prefix_attentions
     if not isinstance(asked, bool):
         short = isinstance(asked, int) or len(asked) <= config.num_hidden_layers
@@ -253,6 +259,30 @@ def _check_combinations(config: Any) -> None:
         for layer in [asked] if isinstance(asked, int) else asked:
             inside = -config.num_hidden_layers <= layer < config.num_hidden_layers
             _expect(inside, "output_prefix_attentions", f"layers of {config.num_hidden_layers}", layer)
+
+
+def _check_positions(config: Any) -> None:
+    if config.position_embedding_type == "rotary":
+        quarters = "a multiple of 4 for rotary positions: sine and cosine of two axes (set head_dim or the heads)"
+        _expect(config.attention_head_dim % 4 == 0, "channels per head", quarters, config.attention_head_dim)
+        return
+    for name in COORDINATE_AUGMENTATIONS:
+        _expect(getattr(config, name) is None, name, "None without rotary positions", getattr(config, name))
+
+
+def _check_final_norms(config: Any) -> None:
+    layers, most = config.num_classifier_layers, config.num_hidden_layers
+    _expect(layers <= most, "num_classifier_layers", f"at most num_hidden_layers ({most})", layers)
+    if layers > 1:
+        _expect(config.pooling == "cls_mean", "pooling", "cls_mean for num_classifier_layers > 1", config.pooling)
+    if config.separate_cls_norm:
+        count = config.num_prefix_tokens
+        _expect(count > 0, "CLS and registers", "at least one token for separate_cls_norm=True", count)
+    if config.pooled_norm:
+        pooled = "cls or mean for pooled_norm=True, which norms one pooled vector"
+        _expect(config.pooling in ("cls", "mean"), "pooling", pooled, config.pooling)
+        separate = config.separate_cls_norm
+        _expect(not separate, "separate_cls_norm", "False for pooled_norm=True, which norms no token", separate)
 
 
 def _is_whole(value: Any) -> bool:

@@ -1,42 +1,26 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
 """Configuration of the ViTReg family: every field, its default, and what follows from the fields."""
 
-import difflib
-import os
-from dataclasses import fields
 from typing import Any, ClassVar, Literal, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
-from transformers.configuration_utils import PreTrainedConfig
 
+from .configuration_arguments import CheckedArguments
 from .configuration_checks import (
-    MOST_BYTES,
+    COORDINATE_AUGMENTATIONS,
     check_counts,
     check_dtype,
     check_labels,
-    check_saved,
     check_stages,
     check_switch,
     check_values,
     pair,
 )
 
-# Arguments that PreTrainedConfig takes without declaring them as fields, or that a saved config carries back.
-_UNDECLARED_ARGUMENTS = {
-    *("num_labels", "name_or_path", "torch_dtype", "output_attentions", "attn_implementation"),
-    *("experts_implementation", "model_type", "auto_map", "stage_names", "out_features", "out_indices"),
-    *("quantization_config", "gradient_checkpointing"),
-}
-
-# Overrides of a loaded config that PreTrainedConfig.from_dict sees to itself.
-_LEFT_TO_BASE = {"num_labels", "attn_implementation", "experts_implementation", "output_attentions"} | {
-    *("torch_dtype", "dtype", "name_or_path"),
-}
-
 
 @strict
-class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
+class ViTRegConfig(BackboneConfigMixin, CheckedArguments):
     r"""Configuration of a Vision Transformer with register tokens (Darcet et al., arXiv 2309.16588).
 
     Field names are those of Transformers' ViT where it has them. A wrong type raises the error of strict dataclasses;
@@ -96,8 +80,27 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
         segmentation_batch_norm (`bool`, defaults to `False`): BatchNorm before the segmentation classifier, as in the
             linear evaluation of DINOv2.
         semantic_loss_ignore_index (`int`, defaults to 255): label that the segmentation loss leaves out.
-        position_embedding_type and the fields after it: reserved for checkpoints of other sources. Any value but the
-            default is refused until it is built.
+        position_embedding_type (`str`, defaults to `"learned"`): `"learned"`, a table that is added to the tokens, or
+            `"rotary"`: every block rotates the queries and keys of patches by angles of their place, as in DINOv3.
+            Then there is no table, and what is said of one below has no effect.
+        cls_position_embedding (`bool`, defaults to `True`): whether the table has an entry for CLS; DeiT-III has none.
+        register_position_embeddings (`bool`, defaults to `False`): whether it has one per register, as in Virchow2.
+        rope_theta (`float`, defaults to 100.0): base of the wavelengths of rotary positions.
+        rope_coordinates (`str`, defaults to `"centered"`): `"centered"` has patch centres from -1 to 1 whatever the
+            size, and angles of `2 pi` times that (DINOv3); `"grid"` counts patches of `image_size`, whose grid other
+            sizes are stretched to (timm, EVA).
+        pos_embed_shift, pos_embed_jitter, pos_embed_rescale (`float`, *optional*): augmentation of rotary coordinates
+            in training, drawn once per pass: shift by up to so much per axis, scale by up to this factor or its
+            inverse per axis, or both axes alike. `None` turns each off.
+        patch_bias (`bool`, defaults to `True`): bias of the projection of patches; CLIP has none.
+        embedding_norm (`bool`, defaults to `False`): LayerNorm on all tokens before the first block, as in CLIP.
+        pooled_norm (`bool`, defaults to `False`): the final LayerNorm acts on the pooled vector, of pooling `"cls"`
+            (CLIP) or `"mean"` (timm), and tokens leave the model without a norm.
+        separate_cls_norm (`bool`, defaults to `False`): CLS and registers have a final LayerNorm of their own.
+        qk_norm (`bool`, defaults to `False`): LayerNorm on the queries and keys of each head, before any rotation.
+        num_classifier_layers (`int`, defaults to 1): with pooling `"cls_mean"`, the classifier reads CLS of that many
+            last blocks and the mean of patches of the last: DINOv2's heads on four layers.
+        num_test_time_registers, register_neurons: reserved; any value but the default is refused until it is built.
 
     Example:
 
@@ -170,10 +173,17 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
     position_embedding_type: str = "learned"
     cls_position_embedding: bool = True
     register_position_embeddings: bool = False
+    rope_theta: float | int = 100.0
+    rope_coordinates: str = "centered"
+    pos_embed_shift: float | int | None = None
+    pos_embed_jitter: float | int | None = None
+    pos_embed_rescale: float | int | None = None
+    patch_bias: bool = True
     embedding_norm: bool = False
     pooled_norm: bool = False
     separate_cls_norm: bool = False
     qk_norm: bool = False
+    num_classifier_layers: int = 1
     num_test_time_registers: int = 0
     register_neurons: list[list[int]] | None = None
     _out_features: list[str] | None = None
@@ -201,10 +211,17 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
         stages = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
         check_stages(self, *stages)
         self.set_output_features_output_indices(*stages)
-        if self.use_swiglu_ffn:
-            plan = {**self.base_model_tp_plan, "layers.*.mlp.gate_proj": "colwise"}
-            self.base_model_tp_plan = plan  # type: ignore[misc]  # Transformers reads it off the instance
+        self._plan_optional_modules()
         super().__post_init__(**kwargs)
+
+    def _plan_optional_modules(self) -> None:
+        """Plans of this config alone, which Transformers reads off the instance."""
+        split = {"layers.*.mlp.gate_proj": "colwise"} if self.use_swiglu_ffn else {}
+        if self.qk_norm:  # each rank normalises its own heads, so gradients of the one weight add up
+            split |= {f"layers.*.attention.{norm}": "replicated_with_grad_allreduce" for norm in ("q_norm", "k_norm")}
+        whole = {"cls_norm": "keep_full_weight"} if self.separate_cls_norm else {}
+        self.base_model_tp_plan = {**self.base_model_tp_plan, **split}  # type: ignore[misc]
+        self.base_model_fsdp_plan = {**self.base_model_fsdp_plan, **whole}  # type: ignore[misc]
 
     # What follows from the fields
 
@@ -226,6 +243,29 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
         return height // patch_height, width // patch_width
 
     @property
+    def num_positions(self) -> int:
+        """Entries of the position table: of CLS and registers if they have one, and of patches; 0 with rotary ones."""
+        if self.position_embedding_type == "rotary":
+            return 0
+        rows, columns = self.position_grid
+        return self.num_cls_positions + self.num_register_positions + rows * columns
+
+    @property
+    def num_cls_positions(self) -> int:
+        """1 if there is a CLS token that has an entry in the position table, else 0."""
+        return int(self.use_cls_token and self.cls_position_embedding)
+
+    @property
+    def num_register_positions(self) -> int:
+        """Registers that have an entry in the position table: all or none."""
+        return self.num_register_tokens if self.register_position_embeddings else 0
+
+    @property
+    def augments_coordinates(self) -> bool:
+        """Whether training moves the coordinates of rotary positions at random."""
+        return any(getattr(self, name) is not None for name in COORDINATE_AUGMENTATIONS)
+
+    @property
     def num_cls_tokens(self) -> int:
         """1 with a CLS token, else 0."""
         return int(self.use_cls_token)
@@ -242,8 +282,9 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def classifier_input_size(self) -> int:
-        """Width of what the classifier reads: twice the hidden size when two pooled vectors are joined."""
-        return self.hidden_size * (2 if self.pooling in ("cls_mean", "cls_register_mean") else 1)
+        """Width of what the classifier reads: the hidden size, times the pooled vectors that are joined."""
+        joined = {"cls_mean": self.num_classifier_layers + 1, "cls_register_mean": 2}
+        return self.hidden_size * joined.get(self.pooling, 1)
 
     @property
     def drop_path_rates(self) -> list[float]:
@@ -268,66 +309,7 @@ class ViTRegConfig(BackboneConfigMixin, PreTrainedConfig):
         """Transformers refuses `output_attentions` outside eager attention; ViTReg returns them everywhere."""
         check_switch("output_attentions", self.output_attentions)
 
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build a config from a saved dictionary.
-
-        A saved dictionary may carry attributes that this version does not know, and keeps them; a call may not.
-        Overrides in `kwargs` are checked like the arguments of a call.
-
-        Returns:
-            The config, or `(config, unused kwargs)` with `return_unused_kwargs=True`.
-
-        Raises:
-            ValueError: if the dictionary is larger or deeper than any config, or a field is wrong.
-        """
-        check_saved(config_dict)
-        saved = {"model_type": cls.model_type, **config_dict}
-        overrides = {name: kwargs.pop(name) for name in cls._accepted_arguments() & kwargs.keys() - _LEFT_TO_BASE}
-        stages = {"out_features", "out_indices"}
-        if overrides.keys() & stages:
-            left_out = stages
-        elif saved.get("out_features") == [
-            f"stage{saved.get('num_hidden_layers')}"
-        ]:  # the last stage follows the depth
-            left_out = stages if saved.get("out_indices") != [-1] else {"out_features"}
-        else:
-            left_out = set()
-        kept = {name: value for name, value in saved.items() if name not in left_out}
-        return super().from_dict({**kept, **overrides}, **kwargs)
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
-        if (size := os.path.getsize(json_file)) > MOST_BYTES:
-            raise ValueError(f"Expected a config file of at most {MOST_BYTES} bytes, got {size} in {json_file}")
-        try:
-            saved = super()._dict_from_json_file(json_file)
-        except RecursionError as error:
-            raise ValueError(
-                f"Expected a config file of a few levels, got one nested too deep: {json_file}"
-            ) from error
-        check_saved(saved)
-        return saved
-
     # Checks
-
-    @classmethod
-    def _accepted_arguments(cls) -> set[str]:
-        return {f.name for f in fields(cls)} | _UNDECLARED_ARGUMENTS
-
-    def _refuse_misspelt(self, kwargs: dict[str, Any]) -> None:
-        accepted = self._accepted_arguments()
-        if "model_type" in kwargs:  # a saved dictionary, which may come from another version
-            for name in kwargs.keys() - accepted:
-                if hasattr(type(self), name):  # it would hide a method or a property
-                    raise ValueError(f"Expected fields of {type(self).__name__} in a saved config, got {name!r}")
-            return
-        for name in kwargs:
-            if name in accepted or name.startswith("_"):
-                continue
-            close = difflib.get_close_matches(name, accepted, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"Expected a field of {type(self).__name__}, got {name!r}{hint}")
 
     def check_values(self) -> None:
         """Refuse values and combinations that cannot be built.

@@ -1,5 +1,5 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
-"""From pixels to the first block's tokens: CLS (with its position), registers (without), patches with positions.
+"""From pixels to the first block's tokens: CLS, registers and patches, and the positions of those that have one.
 
 Shapes: B images, C channels, H x W pixels, P patches on a grid of rows x columns, N tokens, D channels.
 """
@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_vitreg import ViTRegConfig
-from .position_embedding import InterpolationRule, PositionInterpolation, split_positions
+from .position_embedding import (
+    InterpolationRule,
+    PositionInterpolation,
+    RotaryPositions,
+    Rotation,
+    split_positions,
+)
 from .token_layout import TokenLayout
 
 
@@ -21,6 +27,7 @@ class Embedded(NamedTuple):
     tokens: Tensor  # (B, N, D)
     grid: tuple[int, int] | None  # rows, columns of patches; None where some were left out
     patch_mask: Tensor | None  # (B, P), True for patches with real pixels
+    rotation: Rotation | None  # (1 or B, 1, N, d), for the queries and keys of every block; None with a position table
 
 
 def is_tracing() -> bool:
@@ -34,30 +41,35 @@ class ViTRegPatchEmbeddings(nn.Module):
     def __init__(self, config: ViTRegConfig) -> None:
         super().__init__()
         patch_size = config.patch_height_width
-        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch_size, stride=patch_size)
+        self.projection = nn.Conv2d(
+            config.num_channels, config.hidden_size, patch_size, stride=patch_size, bias=config.patch_bias
+        )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.projection(pixel_values.to(self.projection.weight.dtype))
 
 
 class ViTRegEmbeddings(nn.Module):
-    """Patches with positions, behind CLS (with its position) and the registers (without)."""
+    """CLS and registers before the patches. With a position table, patches have a position in it, CLS too unless the
+    config says otherwise, and registers if it says so."""
 
     def __init__(self, config: ViTRegConfig, use_mask_token: bool = False) -> None:
         super().__init__()
         self.config = config
         self.layout = TokenLayout.from_config(config)
         self.interpolation = PositionInterpolation(InterpolationRule.from_config(config), config.position_grid)
-        width, (rows, columns) = config.hidden_size, config.position_grid
+        self.rotary = RotaryPositions(config) if config.position_embedding_type == "rotary" else None
+        width, registers, positions = config.hidden_size, config.num_register_tokens, config.num_positions
         self.patch_embeddings = ViTRegPatchEmbeddings(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.use_cls_token else None
-        registers = config.num_register_tokens
         self.register_tokens = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
-        self.position_embeddings = nn.Parameter(torch.zeros(1, config.num_cls_tokens + rows * columns, width))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, positions, width)) if positions else None
         # A parameter without a gradient stops distributed training, so there is one only where masking happens.
         wanted = use_mask_token or config.use_mask_token
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if wanted else None
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        has_norm = config.embedding_norm
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if has_norm else nn.Identity()
 
     def forward(
         self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, pixel_mask: Tensor | None = None
@@ -69,36 +81,58 @@ class ViTRegEmbeddings(nn.Module):
         if bool_masked_pos is not None:
             patches = self._masked(patches, bool_masked_pos)
         patch_mask = None if pixel_mask is None else self.layout.patch_mask(pixel_mask)
-        cls_position, positions = self._positions(grid, patch_mask)
-        cls_token: Tensor | None = self.cls_token
-        if cls_token is not None and cls_position is not None:
-            cls_token = cls_token + cls_position
-        patches = patches + positions
+        true_grids = None if patch_mask is None else self.layout.true_grids(patch_mask, grid)
+        cls_token, registers, patches = self._with_positions(patches, grid, true_grids)
+        rotation = self._rotation(grid, patches.device, true_grids)
         left_out = self.leaves_out_patches()
         if left_out:
-            patches, patch_mask = self._thinned(patches, patch_mask)
-        tokens = self.layout.join(cls_token, self.register_tokens, patches)
-        return Embedded(self.dropout(tokens), None if left_out else grid, patch_mask)
+            patches, patch_mask, rotation = self._thinned(patches, patch_mask, rotation)
+        tokens = self.dropout(self.layout.join(cls_token, registers, patches))
+        return Embedded(self.norm(tokens), None if left_out else grid, patch_mask, self._of_all_tokens(rotation))
 
     def leaves_out_patches(self) -> bool:
         """Whether this pass is training with patch dropout, after which patches are no grid."""
         return self.training and self.config.patch_dropout_rate > 0
 
-    def _thinned(self, patches: Tensor, patch_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Patch dropout: some patches of each image, and their mask."""
+    def _thinned(
+        self, patches: Tensor, patch_mask: Tensor | None, rotation: Rotation | None
+    ) -> tuple[Tensor, Tensor | None, Rotation | None]:
+        """Patch dropout: some patches of each image, their mask, and their rotation."""
         count = max(int(patches.shape[1] * (1.0 - self.config.patch_dropout_rate)), 1)
         chosen = self.layout.random_patches(patches, count, patch_mask)
         mask = None if patch_mask is None else self.layout.chosen_patches(patch_mask, chosen)
-        return self.layout.chosen_patches(patches, chosen), mask
+        if rotation is not None:
+            rotation = Rotation(*(self.layout.chosen_patches(part, chosen) for part in rotation))
+        return self.layout.chosen_patches(patches, chosen), mask, rotation
 
-    def _positions(self, grid: tuple[int, int], patch_mask: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        own_grid, num_cls = self.interpolation.table_grid, self.config.num_cls_tokens
-        cls_position, table = split_positions(self.position_embeddings, num_cls, own_grid)
-        true_grids = None if patch_mask is None else self.layout.true_grids(patch_mask, grid)
+    def _with_positions(
+        self, patches: Tensor, grid: tuple[int, int], true_grids: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """CLS, registers and patches, plus the positions that the table has for them."""
+        if self.position_embeddings is None:
+            return self.cls_token, self.register_tokens, patches
+        positions, table_grid = split_positions(self.position_embeddings, self.config), self.interpolation.table_grid
         # Traced sizes may be symbols, and comparing them would bake this size in.
-        if true_grids is None and not is_tracing() and grid == own_grid:
-            return cls_position, table.flatten(0, 1)[None]
-        return cls_position, self.interpolation(table, grid, true_grids, cached=not is_tracing())
+        if true_grids is None and not is_tracing() and grid == table_grid:
+            resized = positions.patches.flatten(0, 1)[None]
+        else:
+            resized = self.interpolation(positions.patches, grid, true_grids, cached=not is_tracing())
+        cls_token, registers = self.cls_token, self.register_tokens
+        return _moved(cls_token, positions.cls_token), _moved(registers, positions.registers), patches + resized
+
+    def _rotation(self, grid: tuple[int, int], device: torch.device, true_grids: Tensor | None) -> Rotation | None:
+        """What rotary positions do to patches; None with a table."""
+        if self.rotary is None:
+            return None
+        augmented = self.training and self.config.augments_coordinates
+        return self.rotary(grid, device, true_grids, augmented, cached=not is_tracing())
+
+    def _of_all_tokens(self, rotation: Rotation | None) -> Rotation | None:
+        """The same for all tokens and heads: those before the patches are not turned."""
+        if rotation is None:
+            return None
+        cos, sin = self.layout.of_all_tokens(rotation.cos, 1.0), self.layout.of_all_tokens(rotation.sin, 0.0)
+        return Rotation(cos[:, None], sin[:, None])
 
     def _masked(self, patches: Tensor, bool_masked_pos: Tensor) -> Tensor:
         if self.mask_token is None:
@@ -149,6 +183,10 @@ class ViTRegEmbeddings(nn.Module):
                 f"{height} x {width}: resize the image, pad it (size_divisor of the image processor), or set "
                 "pad_to_patch_size=True in the config"
             )
+
+
+def _moved(token: Tensor | None, position: Tensor | None) -> Tensor | None:
+    return token if token is None or position is None else token + position
 
 
 def _check_top_left(pixel_mask: Tensor) -> None:

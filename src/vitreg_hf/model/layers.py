@@ -15,12 +15,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import ViTRegAttention
 from .configuration_vitreg import ViTRegConfig
+from .position_embedding import Rotation
 from .recording import RecordedModule
 from .token_layout import packed, unpacked
 
 GroupSizes = list[tuple[int, int]]  # images and tokens of each
-# Of the tokens of all groups, their sizes, and the samples that a single group was reduced to.
-Branch = Callable[[Tensor, GroupSizes, Tensor | None], Tensor]
+# Of the tokens of all groups, their sizes, and the samples that each group was reduced to.
+Branch = Callable[[Tensor, GroupSizes, list[Tensor | None]], Tensor]
 
 # MLP
 
@@ -136,13 +137,17 @@ class ViTRegLayer(RecordedModule, GradientCheckpointingLayer):
         groups = hidden_states if isinstance(hidden_states, tuple) else (hidden_states,)
         subsets = self.drop_path.takes_subsets() and _can_choose(attention_mask, kwargs)
 
-        def attend(tokens: Tensor, sizes: GroupSizes, chosen: Tensor | None) -> Tensor:
-            mask, token_mask = _chosen(attention_mask, chosen), _chosen(kwargs.get("token_mask"), chosen)
-            arguments = {**kwargs, "token_mask": token_mask, "group_sizes": sizes}
+        def attend(tokens: Tensor, sizes: GroupSizes, chosen: list[Tensor | None]) -> Tensor:
+            mask, token_mask = _chosen(attention_mask, chosen[0]), _chosen(kwargs.get("token_mask"), chosen[0])
+            rotations = [  # empty without rotary positions, else one per group
+                Rotation(_chosen(rotation.cos, own), _chosen(rotation.sin, own))
+                for rotation, own in zip(kwargs.get("rotations", ()), chosen, strict=False)
+            ]
+            arguments = {**kwargs, "token_mask": token_mask, "group_sizes": sizes, "rotations": rotations}
             attended, *_ = self.attention(self.norm1(tokens), mask, **arguments)
             return self.layer_scale1(self.dropout(attended))
 
-        def transform(tokens: Tensor, sizes: GroupSizes, chosen: Tensor | None) -> Tensor:
+        def transform(tokens: Tensor, sizes: GroupSizes, chosen: list[Tensor | None]) -> Tensor:
             return self.layer_scale2(self.dropout(self.mlp(self.norm2(tokens))))
 
         for branch in (attend, transform):
@@ -154,7 +159,7 @@ class ViTRegLayer(RecordedModule, GradientCheckpointingLayer):
         chosen = [self.drop_path.subset(group) if subsets else None for group in groups]
         taken = [_chosen(group, indices) for group, indices in zip(groups, chosen, strict=True)]
         sizes = [(group.shape[0], group.shape[1]) for group in taken]
-        branches = unpacked(branch(packed(taken), sizes, chosen[0]), sizes)
+        branches = unpacked(branch(packed(taken), sizes, chosen), sizes)
         added = zip(groups, branches, chosen, strict=True)
         return tuple(self._added(group, own, indices, subsets) for group, own, indices in added)
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
 """ViTReg: a Vision Transformer with register tokens (Darcet et al., arXiv 2309.16588), read top to bottom.
 
-Registers are learned tokens between CLS and the patches. They have no position, are added after positions, take part
-in every block in training and in inference, and no head reads them unless its pooling says so.
+Registers are learned tokens between CLS and the patches. They have no position unless the config says so, take part in
+every block in training and in inference, and no head reads them unless its pooling says so.
 
 Shapes: B images, C channels, H x W pixels, P patches on a grid of rows x columns, R registers, N = 1 + R + P tokens,
 D channels of the residual stream, h heads of d channels.
@@ -31,7 +31,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention import ViTRegAttention
 from .checkpoint_checks import check_checkpoint
 from .configuration_vitreg import ViTRegConfig
-from .embeddings import ViTRegEmbeddings
+from .embeddings import Embedded, ViTRegEmbeddings
 from .layers import ViTRegLayer, ViTRegLayerScale
 from .outputs import (
     ViTRegBackboneOutput,
@@ -41,8 +41,9 @@ from .outputs import (
     ViTRegSemanticSegmenterOutput,
     passed_on,
 )
+from .position_embedding import Rotation
 from .recording import RecordingMixin
-from .token_layout import TokenLayout, packed, unpacked
+from .token_layout import TokenLayout
 
 LayerSelection = bool | int | Sequence[int]
 
@@ -109,7 +110,8 @@ class ViTRegPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ViTRegLayerScale):
             init.constant_(module.lambda1, cast(float, self.config.layerscale_value))
         elif isinstance(module, ViTRegEmbeddings):
-            init.trunc_normal_(module.position_embeddings, mean=0.0, std=std)
+            if module.position_embeddings is not None:
+                init.trunc_normal_(module.position_embeddings, mean=0.0, std=std)
             # Registers must start apart: equal ones get equal gradients and would stay copies of one another.
             for token in (module.cls_token, module.register_tokens):
                 if token is not None:
@@ -208,6 +210,8 @@ class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
         self.embeddings = ViTRegEmbeddings(config, use_mask_token=use_mask_token)
         self.layers = nn.ModuleList([ViTRegLayer(config, rate) for rate in config.drop_path_rates])
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        separate, eps = config.separate_cls_norm, config.layer_norm_eps
+        self.cls_norm = nn.LayerNorm(config.hidden_size, eps=eps) if separate else None
         self.post_init()
 
     @can_return_tuple
@@ -250,13 +254,14 @@ class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
         encoded = self._run_layers(
             embedded.tokens,
             token_mask,
+            _rotations([embedded]),
             output_attentions=self._or_config("output_attentions", output_attentions),
             output_hidden_states=self._or_config("output_hidden_states", output_hidden_states),
             output_prefix_attentions=prefix_layers,
             return_dict=True,
             **kwargs,
         )
-        tokens = self.layernorm(encoded.last_hidden_state)
+        tokens = self.normed(cast(Tensor, encoded.last_hidden_state))
         return ViTRegModelOutput(
             pooler_output=self._pooled(tokens, patch_mask),
             hidden_states=encoded.hidden_states,
@@ -292,15 +297,29 @@ class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
         if len(images) == 0 or len(masks) != len(images):
             raise ValueError(f"Expected groups of images and a mask or None for each, got {len(images)}, {len(masks)}")
         embedded = [self.embeddings(group, bool_masked_pos=mask) for group, mask in zip(images, masks, strict=True)]
-        groups = tuple(group.tokens for group in embedded)
+        groups, rotations = tuple(group.tokens for group in embedded), _rotations(embedded)
         for layer in self.layers:
-            groups = layer(groups)
-        sizes = [(group.shape[0], group.shape[1]) for group in groups]
-        normed = unpacked(self.layernorm(packed(groups)), sizes)
+            groups = layer(groups, rotations=rotations)
+        normed = [self.normed(group) for group in groups]
         return tuple(
             ViTRegModelOutput(pooler_output=self._pooled(tokens, None), **self._by_name(tokens, own.grid))
             for tokens, own in zip(normed, embedded, strict=True)
         )
+
+    def normed(self, tokens: Tensor) -> Tensor:
+        """Tokens `(B, N, D)` of a block as they leave the model: after the final norm, or two with a separate one for
+        CLS and registers; as they are if the norm is for the pooled vector."""
+        if self.config.pooled_norm:
+            return tokens
+        if self.cls_norm is None:
+            return self.layernorm(tokens)
+        prefix, patches = self.layout.prefix_tokens(tokens), self.layout.patch_tokens(tokens)
+        return self.layout.with_prefix(self.cls_norm(prefix), self.layernorm(patches))
+
+    def normed_cls(self, tokens: Tensor) -> Tensor:
+        """CLS `(B, D)` of the tokens of a block, after the final norm."""
+        norm = self.layernorm if self.cls_norm is None else self.cls_norm
+        return norm(cast(Tensor, self.layout.cls_token(tokens)))
 
     def _by_name(self, tokens: Tensor, grid: tuple[int, int] | None) -> dict[str, Any]:
         """The fields of the output that are views of the tokens `(B, N, D)` of the last layer."""
@@ -317,6 +336,7 @@ class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
         self,
         hidden_states: Tensor,
         token_mask: Tensor | None,
+        rotations: tuple[Rotation, ...],
         output_attentions: bool,
         output_hidden_states: bool,  # read by the decorator
         output_prefix_attentions: set[int],
@@ -330,6 +350,7 @@ class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
                 hidden_states,
                 attention_mask,
                 token_mask=token_mask,
+                rotations=rotations,
                 output_attentions=output_attentions,
                 output_prefix_attentions=index in output_prefix_attentions,
                 **kwargs,
@@ -339,8 +360,10 @@ class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
     def _pooled(self, tokens: Tensor, patch_mask: Tensor | None) -> Tensor:
         """One vector per image, `(B, D)`: the mean of patches if the pooling is `mean`, else CLS."""
         if self.config.pooling == "mean":
-            return mean_of_patches(self.layout.patch_tokens(tokens), patch_mask)
-        return cast(Tensor, self.layout.cls_token(tokens))
+            pooled = mean_of_patches(self.layout.patch_tokens(tokens), patch_mask)
+        else:
+            pooled = cast(Tensor, self.layout.cls_token(tokens))
+        return self.layernorm(pooled) if self.config.pooled_norm else pooled
 
     def _or_config(self, name: str, value: Any) -> Any:
         return getattr(self.config, name) if value is None else value
@@ -413,7 +436,7 @@ class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
             self._check_map("on maps of intermediate layers")
         outputs = self(pixel_values, output_hidden_states=True, return_dict=True)
         states = [outputs.hidden_states[layer + 1] for layer in wanted]
-        states = [self.layernorm(state) for state in states] if norm else states
+        states = [self.normed(state) for state in states] if norm else states
         if reshape:
             patches = [self.layout.patch_map(s, tuple(outputs.patch_map.shape[-2:])) for s in states]
         else:
@@ -421,6 +444,11 @@ class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
         if not return_class_token:
             return tuple(patches)
         return tuple((patch, cast(Tensor, self.layout.cls_token(s))) for patch, s in zip(patches, states, strict=True))
+
+
+def _rotations(embedded: Sequence[Embedded]) -> tuple[Rotation, ...]:
+    """What rotary positions do to the tokens of each group; empty with a position table."""
+    return tuple(group.rotation for group in embedded if group.rotation is not None)
 
 
 def mean_of_patches(patches: Tensor, patch_mask: Tensor | None) -> Tensor:
@@ -462,15 +490,27 @@ class ViTRegForImageClassification(ViTRegPreTrainedModel):
         Returns:
             `ViTRegImageClassifierOutput` with `logits` `(B, labels)`.
         """
+        classify = self._classify if self.config.num_classifier_layers == 1 else self._classify_by_layers
+        return classify(pixel_values, labels, pixel_mask, **kwargs)
+
+    def _classify(
+        self, pixel_values: Tensor | None, labels: Tensor | None, pixel_mask: Tensor | None, **kwargs: Any
+    ) -> ViTRegImageClassifierOutput:
         outputs = self.vitreg(pixel_values, pixel_mask=pixel_mask, return_dict=True, **kwargs)
         logits = self.classifier(self._classifier_input(outputs))
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return ViTRegImageClassifierOutput(loss=loss, logits=logits, **passed_on(outputs))
 
+    # The same with hidden states, which the caller gets only if it asked for them.
+    _classify_by_layers = filter_output_hidden_states(_classify)
+
     def _classifier_input(self, outputs: ViTRegModelOutput) -> Tensor:
         if self.config.pooling == "cls_mean":
             second = mean_of_patches(cast(Tensor, outputs.patch_tokens), outputs.patch_mask)
-        elif self.config.pooling == "cls_register_mean":
+            earlier = (outputs.hidden_states or ())[-self.config.num_classifier_layers : -1]
+            cls_tokens = [*map(self.vitreg.normed_cls, earlier), cast(Tensor, outputs.cls_token)]
+            return torch.cat([*cls_tokens, second], dim=-1)
+        if self.config.pooling == "cls_register_mean":
             second = cast(Tensor, outputs.register_tokens).mean(dim=1)
         else:
             return cast(Tensor, outputs.pooler_output)
@@ -612,7 +652,7 @@ class ViTRegBackbone(BackboneMixin, ViTRegModel):
             self._check_map("with maps of a backbone")
         outputs = ViTRegModel.forward(self, pixel_values, pixel_mask=pixel_mask, return_dict=True, **kwargs)
         states = [state for stage, state in zip(self.stage_names, outputs.hidden_states) if stage in self.out_features]
-        states = [self.layernorm(state) for state in states] if self.config.apply_layernorm else states
+        states = [self.normed(state) for state in states] if self.config.apply_layernorm else states
         if self.config.reshape_hidden_states:
             grid = tuple(outputs.patch_map.shape[-2:])
             states = [self.layout.patch_map(state, grid) for state in states]

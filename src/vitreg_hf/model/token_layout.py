@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .configuration_vitreg import ViTRegConfig
@@ -41,6 +42,14 @@ class TokenLayout:
         batch_size = patches.shape[0]
         prefix = [token.expand(batch_size, -1, -1) for token in (cls_token, registers) if token is not None]
         return torch.cat([*prefix, patches], dim=1)
+
+    def with_prefix(self, prefix: Tensor, patches: Tensor) -> Tensor:
+        """Build the sequence `(B, N, D)` from all before the patches, `(B, prefix, D)`, and patches `(B, P, D)`."""
+        return torch.cat([prefix, patches], dim=1)
+
+    def of_all_tokens(self, values: Tensor, prefix_value: float) -> Tensor:
+        """Values `(B, N, D)` of all tokens from those of the patches, `(B, P, D)`, and one for all before them."""
+        return F.pad(values, (0, 0, self.num_prefix, 0), value=prefix_value)
 
     def cls_token(self, tokens: Tensor) -> Tensor | None:
         """View of the CLS token, `(B, D)`, or None if the model has none."""

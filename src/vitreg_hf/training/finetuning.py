@@ -65,13 +65,11 @@ def load_for_finetuning(
     check_family(source)
     old, has_head = _loaded(ViTRegForImageClassification, source)
     model = ViTRegForImageClassification(_config_for(old.config, class_names, image_size, num_channels, changes))
-    weights = old.state_dict() | {
-        _POSITIONS: resized_positions(old.vitreg, model.config.position_grid),
-        _PROJECTION: with_channels(
-            old.vitreg.embeddings.patch_embeddings.projection.weight, model.config.num_channels
-        ),
-    }
-    kept = has_head and _names(old.config) == list(class_names) and old.config.pooling == model.config.pooling
+    projection = old.vitreg.embeddings.patch_embeddings.projection.weight
+    weights = old.state_dict() | {_PROJECTION: with_channels(projection, model.config.num_channels)}
+    if (positions := resized_positions(old.vitreg, model.config.position_grid)) is not None:
+        weights[_POSITIONS] = positions
+    kept = has_head and _names(old.config) == list(class_names) and _read(old.config) == _read(model.config)
     if not kept:
         head = {name: weight for name, weight in model.state_dict().items() if name.startswith("classifier.")}
         weights = {name: weight for name, weight in weights.items() if not name.startswith("classifier.")} | head
@@ -124,10 +122,17 @@ def _config_for(
     changes: dict[str, Any],
 ) -> ViTRegConfig:
     given = {"image_size": image_size, "num_channels": num_channels}
+    if changes.get("pooling", old.pooling) != old.pooling:
+        given["num_classifier_layers"] = 1  # several are of one pooling alone
     changes = changes | {name: value for name, value in given.items() if value is not None}
     names = dict(enumerate(class_names))
     labels = {"id2label": names, "label2id": {name: index for index, name in names.items()}, "problem_type": None}
     return ViTRegConfig.from_dict(old.to_dict(), **{**labels, **changes})
+
+
+def _read(config: ViTRegConfig) -> tuple[str, int]:
+    """What a classifier reads."""
+    return config.pooling, config.num_classifier_layers
 
 
 def _names(config: ViTRegConfig) -> list[str]:
@@ -136,15 +141,30 @@ def _names(config: ViTRegConfig) -> list[str]:
 
 
 @torch.no_grad()
-def resized_positions(model: ViTRegModel, grid: tuple[int, int]) -> Tensor:
-    """Positions of a model for another grid, `(1, CLS + rows * columns, D)`, as it computes them at run time."""
+def resized_positions(model: ViTRegModel, grid: tuple[int, int]) -> Tensor | None:
+    """Position table of a model for another grid, as it computes it at run time.
+
+    Returns:
+        `(1, positions, D)`: those of CLS and registers, if they have any, then rows * columns; None for a model with
+        rotary positions.
+
+    Raises:
+        ValueError: if positions are rotary and stretched to the grid of the config, which has to stay.
+    """
     config, embeddings = model.config, model.embeddings
-    positions = embeddings.position_embeddings
+    table = embeddings.position_embeddings
     if grid == config.position_grid:
-        return positions
-    cls_position, table = split_positions(positions, config.num_cls_tokens, config.position_grid)
-    resized = embeddings.interpolation(table, grid)
-    return resized if cls_position is None else torch.cat([cls_position, resized], dim=1)
+        return table
+    if table is None:
+        if config.rope_coordinates == "grid":
+            raise ValueError(
+                f"Expected the image size of the checkpoint, {config.image_size}, as rope_coordinates='grid' count "
+                f"patches of it, got one of {grid[0]} x {grid[1]} patches"
+            )
+        return None
+    cls_position, registers, patches = split_positions(table, config)
+    before = [position for position in (cls_position, registers) if position is not None]
+    return torch.cat([*before, embeddings.interpolation(patches, grid)], dim=1)
 
 
 @torch.no_grad()
@@ -232,9 +252,10 @@ def freeze(
     backbone, count = model.vitreg, len(model.vitreg.layers)
     if tuning == "partial" and not 1 <= num_tuned_layers <= count:
         raise ValueError(f"Expected num_tuned_layers of 1 to {count}, the blocks of the model, got {num_tuned_layers}")
+    norms = [norm for norm in (backbone.layernorm, backbone.cls_norm) if norm is not None]
     tuned: dict[str, list[torch.nn.Module]] = {
         "full": [model],
-        "partial": [*list(backbone.layers)[count - num_tuned_layers :], backbone.layernorm, model.classifier],
+        "partial": [*list(backbone.layers)[count - num_tuned_layers :], *norms, model.classifier],
         "linear": [model.classifier],
     }
     if tuning not in tuned:
