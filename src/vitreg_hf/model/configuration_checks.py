@@ -187,7 +187,7 @@ def count_parameters(config: Any) -> int:
     patch_height, patch_width = config.patch_height_width
     tokens = config.num_cls_tokens + config.num_register_tokens + config.use_mask_token + config.num_positions
     patches = config.num_channels * patch_height * patch_width + config.patch_bias
-    norms = 2 * (1 + config.embedding_norm + config.separate_cls_norm)
+    norms = 2 * (config.final_norm + config.embedding_norm + config.separate_cls_norm)
     classifier = (config.classifier_input_size + 1) * (config.num_labels or 0)
     head_norms = 4 * config.attention_head_dim if config.qk_norm else 0
     layers = config.num_hidden_layers * (attention + mlp + scales + 4 * width + head_norms)
@@ -275,6 +275,8 @@ def _check_final_norms(config: Any) -> None:
     _expect(layers <= most, "num_classifier_layers", f"at most num_hidden_layers ({most})", layers)
     if layers > 1:
         _expect(config.pooling == "cls_mean", "pooling", "cls_mean for num_classifier_layers > 1", config.pooling)
+    for name in ("pooled_norm", "separate_cls_norm"):
+        _expect(config.final_norm or not getattr(config, name), name, "False for final_norm=False", True)
     if config.separate_cls_norm:
         count = config.num_prefix_tokens
         _expect(count > 0, "CLS and registers", "at least one token for separate_cls_norm=True", count)

@@ -94,6 +94,7 @@ class ViTRegConfig(BackboneConfigMixin, CheckedArguments):
             inverse per axis, or both axes alike. `None` turns each off.
         patch_bias (`bool`, defaults to `True`): bias of the projection of patches; CLIP has none.
         embedding_norm (`bool`, defaults to `False`): LayerNorm on all tokens before the first block, as in CLIP.
+        final_norm (`bool`, defaults to `True`): LayerNorm after the last block; C-RADIO in timm has none.
         pooled_norm (`bool`, defaults to `False`): the final LayerNorm acts on the pooled vector, of pooling `"cls"`
             (CLIP) or `"mean"` (timm), and tokens leave the model without a norm.
         separate_cls_norm (`bool`, defaults to `False`): CLS and registers have a final LayerNorm of their own.
@@ -180,6 +181,7 @@ class ViTRegConfig(BackboneConfigMixin, CheckedArguments):
     pos_embed_rescale: float | int | None = None
     patch_bias: bool = True
     embedding_norm: bool = False
+    final_norm: bool = True
     pooled_norm: bool = False
     separate_cls_norm: bool = False
     qk_norm: bool = False

@@ -209,9 +209,9 @@ class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
         self.layout = TokenLayout.from_config(config)
         self.embeddings = ViTRegEmbeddings(config, use_mask_token=use_mask_token)
         self.layers = nn.ModuleList([ViTRegLayer(config, rate) for rate in config.drop_path_rates])
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        separate, eps = config.separate_cls_norm, config.layer_norm_eps
-        self.cls_norm = nn.LayerNorm(config.hidden_size, eps=eps) if separate else None
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.layernorm = nn.LayerNorm(width, eps=eps) if config.final_norm else nn.Identity()
+        self.cls_norm = nn.LayerNorm(width, eps=eps) if config.separate_cls_norm else None
         self.post_init()
 
     @can_return_tuple

@@ -1,0 +1,129 @@
+# Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
+"""Folders of converted checkpoints: complete or absent, written a shard at a time.
+
+Everything goes to a folder of a temporary name beside the wanted one, which is renamed at the end. What an interrupted
+conversion leaves is removed, by itself or by the next one.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+WEIGHTS = "model.safetensors"
+MOST_BYTES_PER_SHARD = 5 * 10**9  # of memory too: no more than a shard is held at a time
+_UNFINISHED = ".unfinished"
+
+
+def check_new(final: Path, overwrite: bool = False) -> None:
+    """Refuse to write where something is, unless it is to be replaced; raises ValueError."""
+    if final.exists() and not overwrite and (not final.is_dir() or any(final.iterdir())):
+        raise ValueError(f"Expected a new folder, got {final}, which is there (overwrite replaces it)")
+
+
+@contextmanager
+def new_folder(final: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to write to, which gets its name when the block ends well and is removed when it does not.
+
+    Args:
+        final: the name.
+        overwrite: replace a folder of this name.
+
+    Raises:
+        ValueError: before anything is written, if there is something of this name.
+    """
+    check_new(final, overwrite)
+    made = final.with_name(f".{final.name}{_UNFINISHED}")
+    shutil.rmtree(made, ignore_errors=True)  # of a conversion that was killed
+    made.mkdir(parents=True)
+    try:
+        yield made
+        _put(made, final)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _put(made: Path, final: Path) -> None:
+    for file in made.iterdir():
+        _flush(file)
+    aside = made.with_name(f"{made.name}-replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    if final.exists():
+        os.replace(final, aside)
+    os.replace(made, final)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write an object as JSON."""
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_safetensors(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], most_bytes: int = MOST_BYTES_PER_SHARD
+) -> None:
+    """Write tensors to `model.safetensors`, or to shards and an index where they are too many for one.
+
+    Args:
+        folder: where to.
+        tensors: names and values, taken one by one; a shard is written before the next tensor is taken.
+        most_bytes: of one shard, but for a tensor that is larger by itself.
+
+    Raises:
+        OSError: if the disk is full.
+    """
+    shards: list[list[str]] = []
+    for shard in _shards(tensors, most_bytes):
+        # metadata: without it Transformers does not take the file for one of PyTorch
+        try:
+            save_file(shard, folder / _numbered(len(shards)), metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder}: {error}") from error
+        shards.append(list(shard))
+    if len(shards) == 1:
+        os.replace(folder / _numbered(0), folder / WEIGHTS)
+        return
+    names = [f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors" for index in range(len(shards))]
+    for index, name in enumerate(names):
+        os.replace(folder / _numbered(index), folder / name)
+    total = sum((folder / name).stat().st_size for name in names)
+    mapped = {key: name for keys, name in zip(shards, names, strict=True) for key in keys}
+    write_json(folder / f"{WEIGHTS}.index.json", {"metadata": {"total_size": total}, "weight_map": mapped})
+
+
+def write_torch(file: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write tensors as `torch.save` does, all at once: the format of the reference implementations."""
+    torch.save({name: tensor.contiguous() for name, tensor in tensors}, file)
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]], most_bytes: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > most_bytes:
+            yield shard
+            shard, size = {}, 0
+        # a copy: of a view of the source's file, or of a part of a larger tensor
+        shard[name] = tensor.clone(memory_format=torch.contiguous_format)
+        size += tensor.nbytes
+    yield shard
+
+
+def _numbered(index: int) -> str:
+    return f"shard-{index}"
