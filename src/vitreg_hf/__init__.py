@@ -5,6 +5,8 @@ Importing this package registers the ViTReg family with Transformers' Auto class
 its tokens.
 """
 
+from vitreg_hf.conversion.back import export_checkpoint as export_checkpoint
+from vitreg_hf.conversion.convert import convert_checkpoint as convert_checkpoint
 from vitreg_hf.model.configuration_vitreg import ViTRegConfig as ViTRegConfig
 from vitreg_hf.model.image_processing_pil_vitreg import ViTRegImageProcessorPil as ViTRegImageProcessorPil
 from vitreg_hf.model.image_processing_vitreg import ViTRegImageProcessor as ViTRegImageProcessor

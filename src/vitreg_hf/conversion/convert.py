@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.utils import tqdm
 from torch import Tensor
-from tqdm import tqdm
 
 from vitreg_hf.conversion.layout import Layout, Reading, Told, empty_model, own_shapes
 from vitreg_hf.conversion.layouts import named_layout, recognised
