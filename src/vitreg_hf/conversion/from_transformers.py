@@ -18,7 +18,13 @@ from vitreg_hf.conversion.layout import Reading, Told, Writing
 from vitreg_hf.conversion.processors import from_transformers
 from vitreg_hf.conversion.rules import Reshaped, Rule, Table
 from vitreg_hf.conversion.stored import Source
-from vitreg_hf.conversion.transformers_configs import head_fields, own_fields, processor_type, written_fields
+from vitreg_hf.conversion.transformers_configs import (
+    head_fields,
+    own_fields,
+    processor_type,
+    registers_of,
+    written_fields,
+)
 from vitreg_hf.model.configuration_vitreg import ViTRegConfig
 
 _MASK = {r"embeddings\.mask_token$": "stands for masked patches in training alone (use_mask_token keeps it)"}
@@ -32,6 +38,11 @@ _OF_CLIP = {
     r"^visual_projection\.": "projects to the space of texts, which this family has no place for",
     r"embeddings\.position_ids$": "counts positions",
 }
+_HIBOU = (
+    "registers in a config of dinov2: taken for hibou, whose own repository (HistAI/hibou) resizes positions by size, "
+    "antialiased; its code for Transformers, which is no part of Transformers, was not compared at other sizes"
+)
+_HAVE_REGISTERS = ("dinov2_with_registers", "dinov3_vit")
 # What image processors have here alone
 _OWN_OPTIONS = {"image_processor_type", "size_divisor", "do_reduce_labels", "auto_map"}
 
@@ -81,6 +92,8 @@ class TransformersLayout:
         options, notes = from_transformers(source.processor or {}, config.patch_size)
         if source.processor is None:
             notes.append("no image processor beside the weights: ImageNet's statistics and usual sizes are taken")
+        if self.model_type == "dinov2" and registers_of(source):
+            notes.append(_HIBOU)
         return Reading(
             config,
             _prefixed(generation.names(config), prefix),
@@ -94,6 +107,11 @@ class TransformersLayout:
     def write(self, config: ViTRegConfig, has_head: bool, facts: Mapping[str, Any], processor: dict) -> Writing:
         if has_head and self.classifier is None:
             raise ValueError(f"Expected a backbone for {self.title}, got a classifier, which it does not have")
+        if config.num_register_tokens and self.model_type not in _HAVE_REGISTERS:
+            raise ValueError(
+                f"Expected num_register_tokens=0, as {self.backbone} has none, got {config.num_register_tokens}: "
+                "the layout dinov2_with_registers holds them"
+            )
         prefix = self.prefix if has_head else ""
         labels: dict[str, Any] = {"id2label": config.id2label, "label2id": config.label2id} if has_head else {}
         saved = CONFIG_MAPPING[self.model_type](**{**written_fields(self.model_type, config), **labels})
@@ -129,7 +147,7 @@ class TransformersLayout:
                 "embeddings.class_embedding": Reshaped((1, 1, width), (width,)),
                 "embeddings.position_embedding.weight": Reshaped((1, positions, width), (positions, width)),
             }
-        if self.model_type == "dinov3_vit":
+        if self.model_type in ("dinov3_vit", "vit"):
             return {}
         return {"embeddings.mask_token": Reshaped((1, 1, width), (1, width))}
 

@@ -39,23 +39,19 @@ def processor_type(model_type: str) -> str:
 
 def own_fields(saved: Any, source: Source) -> dict[str, Any]:
     """Fields here from a config of Transformers, and from shapes where it says nothing."""
-    fields = _taken(saved, _SHARED)
-    registers = _registers(source)
-    fields["num_register_tokens"] = registers
+    registers = registers_of(source)
+    fields = {**_taken(saved, _SHARED), "num_register_tokens": registers}
     if saved.model_type == "dinov3_vit":
         return {**fields, **_dinov3_fields(saved)}
     if saved.model_type == "vit":
         return {**fields, **_taken(saved, _VIT), "position_interpolation_antialias": False}
     if saved.model_type == "clip_vision_model":
         return {**fields, **_clip_fields(saved)}
-    # hibou keeps the factor (grid + 0.1) / table of the DINOv2 that it was made from
-    is_hibou = saved.model_type == "dinov2" and registers > 0
     return {
         **fields,
         **_taken(saved, _DINOV2),
         "intermediate_size": _inner(source, "mlp.weights_out", "mlp.down_proj", "mlp.fc2"),
-        "position_interpolation_antialias": registers > 0 and not is_hibou,
-        "position_interpolation_offset": 0.1 if is_hibou else 0.0,
+        "position_interpolation_antialias": registers > 0,
     }
 
 
@@ -101,7 +97,8 @@ def _named(source: Source, ending: str) -> StoredTensor | None:
     return next((tensor for name, tensor in source.tensors.items() if name.endswith(ending)), None)
 
 
-def _registers(source: Source) -> int:
+def registers_of(source: Source) -> int:
+    """How many registers the weights have, whatever the config says."""
     tensor = _named(source, "embeddings.register_tokens")
     return 0 if tensor is None else tensor.shape[1]
 
