@@ -141,9 +141,10 @@ def test_only_the_recorder_hooks_models():
 
 
 def test_only_the_table_of_foreign_models_names_them():
-    """Model types of other projects stand in one file, those of text models and of vision models alike."""
+    """Model types of other projects stand in one file, of those that are measured, and in the room that converts."""
     types = r"\"(dinov2|dinov2_with_registers|dinov3_vit|siglip_vision_model|clip_vision_model|distilbert|mistral)\""
-    assert {named(p) for p in FILES if re.search(types, p.read_text())} == {"analysis/foreign.py"}
+    naming = {named(p) for p in FILES if re.search(types, p.read_text())}
+    assert {name for name in naming if not name.startswith("conversion/")} == {"analysis/foreign.py"}
 
 
 def test_only_figures_know_matplotlib():
@@ -160,4 +161,6 @@ def test_nothing_unpickles():
     for path in FILES:
         for call in re.findall(r"torch\.load\([^)]*\)", path.read_text()):
             assert "weights_only=True" in call
-        assert "pickle" not in {module.split(".")[0] for module, _ in imports_of(path)}
+        unpickling = "pickle" in {module.split(".")[0] for module, _ in imports_of(path)}
+        # the table of contents of distributed checkpoints is a pickle, read by one that knows a list of names
+        assert not unpickling or named(path) == "conversion/training_shards.py"

@@ -116,7 +116,7 @@ def convert_checkpoint(
         conversion.config.dtype = dtype
     if output is None:
         return conversion
-    return _saved(conversion, Path(output), overwrite)
+    return save_conversion(conversion, output, overwrite)
 
 
 def plan_conversion(
@@ -253,13 +253,35 @@ def own_prefix(reading: Reading) -> str:
     return "vitreg." if reading.has_head else ""
 
 
-def _saved(conversion: Conversion, output: Path, overwrite: bool) -> Conversion:
+def save_conversion(
+    conversion: Conversion,
+    output: str | os.PathLike[str],
+    overwrite: bool = False,
+    verification: Mapping[str, Any] | None = None,
+) -> Conversion:
+    """Save config, weights, image processor and report of a conversion, completely or not at all.
+
+    Args:
+        conversion: of `convert_checkpoint`.
+        output: a new folder.
+        overwrite: replace a folder that is there, once the new one is complete.
+        verification: what a comparison with the source found, as JSON holds it; goes to the report.
+
+    Returns:
+        The conversion, with its folder.
+
+    Raises:
+        ValueError: if there is something in the way, or a value cannot be converted.
+        OSError: if the disk is full.
+    """
+    final = Path(output)
     model = empty_model(conversion.config, conversion.reading.has_head)
     conversion.config.architectures = [type(model).__name__]
-    with new_folder(output, overwrite) as folder:
+    verified = {} if verification is None else {"verified": verification}
+    with new_folder(final, overwrite) as folder:
         write_safetensors(folder, _own_tensors(conversion, progress=True))
         conversion.config.save_pretrained(folder)
         conversion.processor.save_pretrained(folder)
         facts = dict(conversion.reading.facts)
-        write_json(folder / CONVERSION, {**conversion.report.to_dict(), "facts": facts})
-    return replace(conversion, folder=output)
+        write_json(folder / CONVERSION, {**conversion.report.to_dict(), "facts": facts, **verified})
+    return replace(conversion, folder=final)

@@ -40,12 +40,13 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.source}: {self.layout} ({self.why})"]
         lines += [f"  note: {note}" for note in self.notes]
-        used = _grouped((row.foreign, (", ".join(row.own), _word(row))) for row in self.rows)
-        width = max((len(foreign) for foreign, _, _ in used), default=0)
+        used = _grouped((row.foreign, (_together(row.own), _word(row))) for row in self.rows)
+        left = _grouped((name, (why, "")) for name, why in self.dropped.items())
+        width = max((len(foreign) for foreign, _, _ in (*used, *left)), default=0)
         for foreign, count, (own, word) in used:
             told = f"{word}, {count} times" if count > 1 else word
             lines.append(f"  {foreign:{width}}  ->  {own}  ({told})")
-        for foreign, count, (reason, _) in _grouped((name, (why, "")) for name, why in self.dropped.items()):
+        for foreign, count, (reason, _) in left:
             lines.append(f"  {foreign:{width}}  left out: {reason}" + (f" ({count} times)" if count > 1 else ""))
         lines.append(
             f"  {len(self.rows)} tensors used, {len(self.dropped)} left out on purpose, none unknown or missing"
@@ -55,6 +56,12 @@ class Report:
 
 def _word(row: Row) -> str:
     return "as it is" if row.rule.word == "renamed" and row.own == (row.foreign,) else row.rule.word
+
+
+def _together(names: Sequence[str]) -> str:
+    """Names that differ in one part as one: `attention.q_proj.bias` and so on as `attention.{q_proj,k_proj}.bias`."""
+    parts = [list(dict.fromkeys(part)) for part in zip(*(name.split(".") for name in names), strict=True)]
+    return ".".join(part[0] if len(part) == 1 else f"{{{','.join(part)}}}" for part in parts)
 
 
 def _grouped(entries: Iterable[tuple[str, tuple[str, str]]]) -> Sequence[tuple[str, int, tuple[str, str]]]:
