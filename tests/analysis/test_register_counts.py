@@ -32,8 +32,11 @@ def test_registers_are_measured_where_there_are_some(measured):
     assert "register_similarity" in measured(3)[1]
 
 
-def test_the_measures_are_those_of_the_last_block(make_config):
-    subject = subject_of(ViTRegModel(make_config()), device="cpu")
+@pytest.mark.parametrize("separate", [False, True])
+def test_the_measures_are_those_of_the_last_block(make_config, separate):
+    subject = subject_of(ViTRegModel(make_config(separate_cls_norm=separate)), device="cpu")
+    if separate:
+        torch.nn.init.normal_(subject.model.cls_norm.weight)
     pixels = torch.randn(4, 3, 32, 32)
     norms = []
     subject.model.layers[-1].register_forward_hook(lambda module, inputs, output: norms.append(output))

@@ -21,6 +21,8 @@ FAMILY = [
     ViTRegForSemanticSegmentation,
     ViTRegBackbone,
 ]
+ROTARY = {"position_embedding_type": "rotary"}
+GRID = {**ROTARY, "rope_coordinates": "grid", "qk_norm": True}
 SIZES = [(2, 3, 32, 32), (3, 3, 48, 24), (1, 3, 72, 40), (2, 3, 24, 56)]
 
 
@@ -48,9 +50,10 @@ class TestCompile:
             pixels = torch.randn(*size)
             torch.testing.assert_close(compiled(pixels).patch_map, model(pixels).patch_map, atol=1e-5, rtol=1e-5)
 
+    @pytest.mark.parametrize("fields", [{}, ROTARY])
     @torch.no_grad()
-    def test_hidden_states_and_attentions(self, make_config):
-        model = ViTRegForImageClassification(make_config(num_hidden_layers=2)).eval()
+    def test_hidden_states_and_attentions(self, make_config, fields):
+        model = ViTRegForImageClassification(make_config(num_hidden_layers=2, **fields)).eval()
         compiled = self.compiled(model)
         flags = {"output_hidden_states": True, "output_attentions": True, "output_prefix_attentions": True}
         for size in SIZES[:2]:
@@ -61,10 +64,11 @@ class TestCompile:
                 for mine, theirs in zip(got[name], expected[name], strict=True):
                     torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
-    @pytest.mark.parametrize("antialias", [True, False])
-    def test_training_at_several_sizes_with_gradients_of_positions(self, make_config, antialias):
-        config = make_config(position_interpolation_antialias=antialias, num_hidden_layers=1)
-        model = ViTRegForImageClassification(config).train()
+    @pytest.mark.parametrize(
+        "fields", [*({"position_interpolation_antialias": antialias} for antialias in (True, False)), GRID]
+    )
+    def test_training_at_several_sizes_with_gradients_of_positions(self, make_config, fields):
+        model = ViTRegForImageClassification(make_config(num_hidden_layers=1, **fields)).train()
         compiled = self.compiled(model)
         for size in SIZES[:2]:
             pixels, labels = torch.randn(*size), torch.zeros(size[0], dtype=torch.long)
@@ -76,17 +80,20 @@ class TestCompile:
             for eager, traced in zip(*gradients, strict=True):
                 torch.testing.assert_close(traced, eager, atol=1e-4, rtol=1e-4)
 
-    def test_training_with_dropout_drop_path_and_hidden_states(self, make_config):
+    @pytest.mark.parametrize("rotary", [False, True])
+    def test_training_with_dropout_drop_path_and_hidden_states(self, make_config, rotary):
         rates = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"), 0.1)
-        config = make_config(num_hidden_layers=2, **rates)
+        augmented = {**ROTARY, "pos_embed_shift": 0.1, "pos_embed_jitter": 1.1, "pos_embed_rescale": 2.0}
+        config = make_config(num_hidden_layers=2, **rates, **(augmented if rotary else {}))
         model = ViTRegForImageClassification(config).train()
         outputs = self.compiled(model)(torch.randn(2, 3, 48, 24), output_hidden_states=True)
         outputs.hidden_states[1].sum().backward()
         assert model.vitreg.embeddings.register_tokens.grad.isfinite().all()
 
+    @pytest.mark.parametrize("fields", [{}, ROTARY])
     @torch.no_grad()
-    def test_padded_batches(self, make_config):
-        model = ViTRegModel(make_config(pad_to_patch_size=True, num_hidden_layers=1)).eval()
+    def test_padded_batches(self, make_config, fields):
+        model = ViTRegModel(make_config(pad_to_patch_size=True, num_hidden_layers=1, **fields)).eval()
         compiled = self.compiled(model)
         for height, width in [(37, 45), (50, 29)]:
             pixels, mask = torch.randn(2, 3, height, width), torch.ones(2, height, width)
@@ -94,9 +101,10 @@ class TestCompile:
             got, expected = compiled(pixels, pixel_mask=mask), model(pixels, pixel_mask=mask)
             torch.testing.assert_close(got.cls_token, expected.cls_token, atol=1e-5, rtol=1e-5)
 
+    @pytest.mark.parametrize("fields", [{}, ROTARY])
     @torch.no_grad()
-    def test_no_recompilation_for_another_size(self, make_config):
-        model = ViTRegForImageClassification(make_config(num_hidden_layers=1)).eval()
+    def test_no_recompilation_for_another_size(self, make_config, fields):
+        model = ViTRegForImageClassification(make_config(num_hidden_layers=1, **fields)).eval()
         graphs = []
 
         def counting(graph, inputs):
@@ -147,8 +155,9 @@ class TestExport:
             got, expected = program(pixel_values=pixels).last_hidden_state, model(pixels).last_hidden_state
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
-    def test_prefix_attentions(self, make_config):
-        model = ViTRegModel(make_config(output_prefix_attentions=[0, 2])).eval()
+    @pytest.mark.parametrize("fields", [{}, ROTARY, GRID])
+    def test_prefix_attentions(self, make_config, fields):
+        model = ViTRegModel(make_config(output_prefix_attentions=[0, 2], **fields)).eval()
         program = torch.export.export(
             model, (), {"pixel_values": torch.randn(*SIZES[0])}, dynamic_shapes={"pixel_values": dynamic_axes()}
         ).module()
@@ -159,8 +168,10 @@ class TestExport:
                 mine, theirs = got.prefix_attentions[layer], expected.prefix_attentions[layer]
                 torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
-    def test_padding_to_the_patch_size_and_masks(self, make_config):
-        model = ViTRegForImageClassification(make_config(pad_to_patch_size=True, pooling="cls_mean")).eval()
+    @pytest.mark.parametrize("fields", [{}, {**ROTARY, "num_classifier_layers": 2}])
+    def test_padding_to_the_patch_size_and_masks(self, make_config, fields):
+        config = make_config(pad_to_patch_size=True, pooling="cls_mean", **fields)
+        model = ViTRegForImageClassification(config).eval()
         axes = {0: Dim.AUTO, 1: Dim.AUTO, 2: Dim.AUTO}
         example = {"pixel_values": torch.randn(2, 3, 37, 45), "pixel_mask": torch.ones(2, 37, 45)}
         program = torch.export.export(
@@ -184,8 +195,9 @@ class TestExport:
             program(pixel_values=torch.randn(2, 3, 37, 45))
 
 
-def test_torch_jit_trace(make_config):
-    model = ViTRegForImageClassification(make_config(return_dict=False)).eval()
+@pytest.mark.parametrize("fields", [{}, ROTARY])
+def test_torch_jit_trace(make_config, fields):
+    model = ViTRegForImageClassification(make_config(return_dict=False, **fields)).eval()
     with warnings.catch_warnings():  # tracing is deprecated, and still what some deployments take
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(model, torch.randn(*SIZES[0]), strict=False)
@@ -207,9 +219,11 @@ class TestOnnx:
         values = session.run(None, {name: inputs[name].numpy() for name in names})
         return [torch.from_numpy(value) for value in values]
 
-    @pytest.mark.parametrize("model_class", [ViTRegModel, ViTRegForSemanticSegmentation])
-    def test_at_other_sizes(self, make_config, tmp_path, model_class):
-        model = model_class(make_config()).eval()
+    @pytest.mark.parametrize(
+        ("model_class", "fields"), [(ViTRegModel, {}), (ViTRegForSemanticSegmentation, {}), (ViTRegModel, ROTARY)]
+    )
+    def test_at_other_sizes(self, make_config, tmp_path, model_class, fields):
+        model = model_class(make_config(**fields)).eval()
         axes = {"pixel_values": dynamic_axes()}
         session = self.session(model, {"pixel_values": torch.randn(*SIZES[0])}, axes, tmp_path / "model.onnx")
         for size in SIZES:
@@ -233,8 +247,10 @@ class TestOnnx:
     @pytest.mark.filterwarnings(
         "ignore:.*The axis name. .* will not be used"
     )  # said of every axis that two inputs share
-    def test_with_padding(self, make_config, tmp_path):
-        model = ViTRegForImageClassification(make_config(pad_to_patch_size=True, pooling="cls_mean")).eval()
+    @pytest.mark.parametrize("fields", [{}, GRID])
+    def test_with_padding(self, make_config, tmp_path, fields):
+        config = make_config(pad_to_patch_size=True, pooling="cls_mean", **fields)
+        model = ViTRegForImageClassification(config).eval()
         example = {"pixel_values": torch.randn(2, 3, 37, 45), "pixel_mask": torch.ones(2, 37, 45)}
         batch, height, width = Dim("batch", max=64), Dim("height", max=512), Dim("width", max=512)
         axes = {"pixel_values": {0: batch, 2: height, 3: width}, "pixel_mask": {0: batch, 1: height, 2: width}}

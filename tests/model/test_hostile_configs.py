@@ -240,6 +240,15 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "return_dict": near(True, False),
     "output_attentions": near(True, False, None),
     "problem_type": near(None, "regression", "x"),
+    "position_embedding_type": near("learned", "rotary", "sincos"),
+    "rope_theta": near(100.0, 1, 0, math.inf, 10**400),
+    "rope_coordinates": near("centered", "grid"),
+    "pos_embed_rescale": near(None, 2.0, 0.5, math.nan),
+    "register_position_embeddings": near(True, False),
+    "qk_norm": near(True, False),
+    "pooled_norm": near(True, False),
+    "separate_cls_norm": near(True, False),
+    "num_classifier_layers": near(1, 2, 0, 10**9),
     "to_dict": near(None),
     "from_the_future": near(3),
 }
@@ -306,6 +315,8 @@ class TestAnyDictionary:
         grid=st.tuples(st.integers(1, 3), st.integers(1, 3)),
         has_cls=st.booleans(),
         swiglu=st.booleans(),
+        rotary=st.booleans(),
+        qk_norm=st.booleans(),
         model_class=st.sampled_from([ViTRegForImageClassification, ViTRegForMaskedImageModeling, ViTRegBackbone]),
     )
     def test_what_is_valid_makes_a_model_that_runs(
@@ -317,6 +328,8 @@ class TestAnyDictionary:
         grid: Any,
         has_cls: bool,
         swiglu: bool,
+        rotary: bool,
+        qk_norm: bool,
         model_class: Any,
     ) -> None:
         rows, columns = (patch, patch) if isinstance(patch, int) else patch
@@ -330,6 +343,8 @@ class TestAnyDictionary:
             use_cls_token=has_cls,
             pooling="cls" if has_cls else "mean",
             use_swiglu_ffn=swiglu,
+            position_embedding_type="rotary" if rotary and width // heads % 4 == 0 else "learned",
+            qk_norm=qk_norm,
         )
         with torch.no_grad():
             outputs = model_class(config).eval()(torch.zeros(1, 3, *config.image_size))

@@ -122,6 +122,14 @@ class TestSources:
         model = load_for_finetuning(classifier[0], LETTERS, drop_path_rate=0.3, drop_path_schedule="uniform")
         assert model.config.drop_path_rates == [0.3] * 3
 
+    def test_a_head_on_several_layers_is_kept_only_for_what_it_reads(self, tmp_path):
+        old = ViTRegForImageClassification(small_config(pooling="cls_mean", num_classifier_layers=2)).eval()
+        old.save_pretrained(tmp_path)
+        assert torch.equal(load_for_finetuning(tmp_path, LETTERS).classifier.weight, old.classifier.weight)
+        for changes, width in [({"pooling": "cls"}, 16), ({"num_classifier_layers": 3}, 64)]:
+            model = load_for_finetuning(tmp_path, LETTERS, **changes)
+            assert model.classifier.weight.shape == (3, width)
+
 
 class TestSize:
     @pytest.mark.parametrize("size", [16, 48, 56])
@@ -141,6 +149,29 @@ class TestSize:
     def test_the_own_size_keeps_the_table_itself(self, classifier):
         model = classifier[1].vitreg
         assert resized_positions(model, (4, 4)) is model.embeddings.position_embeddings
+
+    @pytest.mark.parametrize(
+        "shape",
+        [
+            {"position_embedding_type": "rotary"},
+            {"register_position_embeddings": True},
+            {"cls_position_embedding": False, "register_position_embeddings": True},
+            {"cls_position_embedding": False, "patch_bias": False, "embedding_norm": True},
+        ],
+    )
+    def test_positions_of_every_kind_go_along(self, shape, tmp_path):
+        old = ViTRegForImageClassification(small_config(**shape)).eval()
+        old.save_pretrained(tmp_path)
+        model, images = load_for_finetuning(tmp_path, LETTERS, image_size=48).eval(), torch.randn(2, 3, 48, 48)
+        with torch.no_grad():
+            torch.testing.assert_close(model(images).logits, old(images).logits, rtol=1e-5, atol=1e-6)
+
+    def test_rotary_positions_that_count_patches_of_one_size_keep_it(self, tmp_path):
+        rotary = {"position_embedding_type": "rotary", "rope_coordinates": "grid"}
+        ViTRegModel(small_config(**rotary)).save_pretrained(tmp_path)
+        assert load_for_finetuning(tmp_path, LETTERS).config.image_size == 32
+        with pytest.raises(ValueError, match=r"Expected the image size of the checkpoint, 32, .* got one of 6 x 6"):
+            load_for_finetuning(tmp_path, LETTERS, image_size=48)
 
 
 class TestChannels:
@@ -197,6 +228,14 @@ class TestTuning:
         assert self.trained(model) == parts | {"classifier.weight", "classifier.bias"}
         freeze(model, "full")
         assert all(parameter.requires_grad for parameter in model.parameters())
+
+    @pytest.mark.parametrize("pooling", ["cls", "mean", "cls_mean"])
+    def test_both_final_norms_are_tuned(self, pooling):
+        model = ViTRegForImageClassification(small_config(separate_cls_norm=True, pooling=pooling))
+        freeze(model, "partial", 1)
+        assert {"vitreg.layernorm.weight", "vitreg.cls_norm.weight"} <= self.trained(model)
+        model(torch.randn(2, 3, 32, 32), labels=torch.tensor([0, 1])).loss.backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
     @pytest.mark.parametrize("layers", [0, 4])
     def test_blocks_that_are_not_there_are_not_tuned(self, layers, classifier):

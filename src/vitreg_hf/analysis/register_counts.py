@@ -7,7 +7,7 @@ Shapes: B images, P patches, R registers, D channels; k numbers of registers, n 
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -91,7 +91,9 @@ def measure_tokens(subject: Subject, batches: Iterable[Tensor]) -> dict[str, flo
         tokens = layout.register_tokens(states[last])
         if tokens is not None:
             registers.append(tokens.float().norm(dim=-1).cpu())
-            cosines.append(_mean_cosine(normed(subject, tokens).float()).cpu())
+            # Normed with all others: registers may have another final norm than patches.
+            in_output = cast(Tensor, layout.register_tokens(normed(subject, states[last])))
+            cosines.append(_mean_cosine(in_output.float()).cpu())
     before, after_last = (torch.cat(norms[layer]) for layer in (last - 1, last))
     measured = {
         "largest_over_median": float((after_last.amax(dim=1) / after_last.median(dim=1).values).mean()),

@@ -25,7 +25,7 @@ Source = str | os.PathLike[str]
 # What may differ from the checkpoint besides labels, image size and channels: no weight depends on it but the head.
 _CHANGES = {
     *("drop_path_rate", "drop_path_schedule", "drop_path_kind", "patch_dropout_rate", "pooling"),
-    *("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "num_classifier_layers"),
 }
 _POSITIONS = "vitreg.embeddings.position_embeddings"
 _RGB = range(3)  # channels of a processor that says nothing else
@@ -123,7 +123,7 @@ def _config_for(
 ) -> ViTRegConfig:
     given = {"image_size": image_size, "num_channels": num_channels}
     if changes.get("pooling", old.pooling) != old.pooling:
-        given["num_classifier_layers"] = 1  # several are of one pooling alone
+        changes = {"num_classifier_layers": 1, **changes}  # several are of one pooling alone
     changes = changes | {name: value for name, value in given.items() if value is not None}
     names = dict(enumerate(class_names))
     labels = {"id2label": names, "label2id": {name: index for index, name in names.items()}, "problem_type": None}
