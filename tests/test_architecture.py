@@ -35,9 +35,13 @@ MODEL_IMPORTS = {
     "image_inputs": {"processor_checks"},
     "token_layout": {"configuration_vitreg"},
     "position_embedding": {"configuration_vitreg"},
-    "embeddings": {"configuration_vitreg", "token_layout", "position_embedding"},
+    "moved_neurons": {"configuration_vitreg", "token_layout"},
+    "embeddings": {"configuration_vitreg", "token_layout", "position_embedding", "moved_neurons"},
     "attention": {"configuration_vitreg", "position_embedding", "recording", "token_layout"},
-    "layers": {"attention", "configuration_vitreg", "position_embedding", "recording", "token_layout"},
+    "layers": {
+        *("attention", "configuration_vitreg", "position_embedding", "recording", "moved_neurons"),
+        "token_layout",
+    },
     "modeling_vitreg": {
         *("attention", "checkpoint_checks", "configuration_vitreg", "embeddings", "layers", "outputs", "recording"),
         *("position_embedding", "token_layout"),

@@ -63,16 +63,22 @@ def test_wrong_values_say_what_was_expected_and_what_came(fields, message):
         ViTRegConfig(**fields)
 
 
-RESERVED = {
-    "num_test_time_registers": 1,
-    "register_neurons": [[17, 884]],
-}
-
-
-@pytest.mark.parametrize("name", RESERVED)
-def test_room_for_what_comes_later_is_refused_until_built(name):
-    with pytest.raises(ValueError, match=f"Expected {name}=.*not built yet"):
-        ViTRegConfig(**{name: RESERVED[name]})
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_test_time_registers": 1},
+        {"num_test_time_registers": 2, "register_neurons": [[0, 0]]},
+        {"register_neurons": [[12, 0]]},
+        {"register_neurons": [[0, 3072]]},
+        {"register_neurons": [[0, 1], [0, 1]]},
+        {"register_neurons": [[0]]},
+        {"register_neurons": [[0, 0]], "test_time_register_init": "ones"},
+        {"register_neurons": [[0, 0]], "register_neuron_reduction": "mean"},
+    ],
+)
+def test_register_neurons_that_are_none_are_refused(fields):
+    with pytest.raises(ValueError, match="Expected .*(neuron|register)"):
+        ViTRegConfig(**fields)
 
 
 @pytest.mark.parametrize("fields", [{"hidden_size": "768"}, {"num_register_tokens": 4.0}, {"qkv_bias": 1}])

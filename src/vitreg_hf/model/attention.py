@@ -63,6 +63,25 @@ def _placed(
     return (query, key, value) if rotation is None else (rotated(query, rotation), rotated(key, rotation), value)
 
 
+def _with_one_more(tokens: Tensor, bias: Tensor) -> Tensor:
+    """Keys or values `(B, h, N + 1, d)` with one more, the same for all images, from `(B, h, N, d)` and `(h, d)`.
+
+    Reference: Sun et al., Massive Activations (arXiv 2402.17762), section 4.3.
+    """
+    return torch.cat([tokens, bias[None, :, None].to(tokens).expand(tokens.shape[0], -1, -1, -1)], dim=2)
+
+
+def _mask_of_one_more(attention_mask: Any, backend: str | None) -> Any:
+    """The mask of a backend for one more key, which is never masked; raises ValueError for masks of another kind."""
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 4:
+        raise ValueError(
+            f"Expected eager or sdpa attention for padded images with attention_bias_kv=True, got {backend!r}"
+        )
+    return F.pad(attention_mask, (0, 1), value=attention_mask.dtype == torch.bool)
+
+
 class ViTRegAttention(RecordedModule):
     """Multi-head self-attention over all tokens, through the backend that the config names."""
 
@@ -83,6 +102,9 @@ class ViTRegAttention(RecordedModule):
         self.k_proj = nn.Linear(width, inner, bias=has_bias(config.key_bias))
         self.v_proj = nn.Linear(width, inner, bias=has_bias(config.value_bias))
         self.o_proj = nn.Linear(inner, width, bias=config.proj_bias)
+        biased, shape = config.attention_bias_kv, (config.num_attention_heads, self.head_dim)
+        self.bias_k = nn.Parameter(torch.zeros(shape)) if biased else None  # type: ignore[arg-type]
+        self.bias_v = nn.Parameter(torch.zeros(shape)) if biased else None  # type: ignore[arg-type]
         normed, eps = config.qk_norm, config.layer_norm_eps
         self.q_norm = nn.LayerNorm(self.head_dim, eps=eps) if normed else nn.Identity()
         self.k_norm = nn.LayerNorm(self.head_dim, eps=eps) if normed else nn.Identity()
@@ -127,11 +149,21 @@ class ViTRegAttention(RecordedModule):
         probabilities = prefix = None
         if output_attentions:
             own = self.config._attn_implementation == "eager"
-            probabilities = weights if own else attention_probabilities(query, key, self.scaling, token_mask)
+            probabilities = self._onto_tokens(weights) if own else self._probabilities(query, key, token_mask)
         if output_prefix_attentions:
-            asking = self.layout.prefix_queries(query)
-            prefix = attention_probabilities(asking, key, self.scaling, token_mask)
+            prefix = self._probabilities(self.layout.prefix_queries(query), key, token_mask)
         return output, probabilities, prefix
+
+    def _probabilities(self, query: Tensor, key: Tensor, token_mask: Tensor | None) -> Tensor:
+        """Attention of some queries `(B, h, Q, d)` onto all tokens, `(B, h, Q, N)`."""
+        if self.bias_k is not None:
+            key = _with_one_more(key, self.bias_k)
+            token_mask = None if token_mask is None else F.pad(token_mask, (0, 1), value=True)
+        return cast(Tensor, self._onto_tokens(attention_probabilities(query, key, self.scaling, token_mask)))
+
+    def _onto_tokens(self, probabilities: Tensor | None) -> Tensor | None:
+        """Probabilities without those of the bias; what they lack to a sum of 1 goes to it."""
+        return probabilities if probabilities is None or self.bias_k is None else probabilities[..., :-1]
 
     def _projected(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `(..., h, d)` of tokens `(..., D)`, the first two normed if the config says so."""
@@ -149,6 +181,9 @@ class ViTRegAttention(RecordedModule):
         """Output `(B, N, h, d)` of the backend, and the probabilities if it has them."""
         backend = self.config._attn_implementation
         self._check_backend(backend, query)
+        if self.bias_k is not None:
+            key, value = _with_one_more(key, self.bias_k), _with_one_more(value, cast(Tensor, self.bias_v))
+            attention_mask = _mask_of_one_more(attention_mask, backend)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         return attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)

@@ -28,6 +28,7 @@ MOST = {
     "head_dim": 2**16,
     "num_channels": 4096,
     "num_register_tokens": 4096,
+    "num_test_time_registers": 4096,
     "num_classifier_layers": 1024,
 }
 MOST_PIXELS_PER_SIDE = 2**16
@@ -43,12 +44,6 @@ MOST_NESTING = 32
 LABEL_MAPS = ("id2label", "label2id")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
-# Room kept for what is not built yet: field -> (the one value that is, and why).
-_RESERVED: dict[str, tuple[Any, str]] = {
-    "num_test_time_registers": (0, "registers added after training are a later step of this package"),
-    "register_neurons": (None, "registers added after training are a later step of this package"),
-}
-
 
 def check_values(config: Any) -> None:
     """Refuse values and combinations of a `ViTRegConfig` that cannot be built.
@@ -60,11 +55,6 @@ def check_values(config: Any) -> None:
     _check_choices(config)
     _check_sizes(config)
     _check_combinations(config)
-    for name, (built, reason) in _RESERVED.items():
-        if getattr(config, name) != built:
-            raise ValueError(
-                f"Expected {name}={built!r}, got {_shown(getattr(config, name))}: {reason}; not built yet"
-            )
     count = count_parameters(config)
     if count > MOST_PARAMETERS:
         raise ValueError(f"Expected a model of at most {MOST_PARAMETERS:,} parameters, got a config of {count:,}")
@@ -80,7 +70,7 @@ def check_counts(config: Any) -> None:
         count = getattr(config, name)
         if count is None:  # left out, so that it follows from the width
             continue
-        least = 0 if name == "num_register_tokens" else 1
+        least = 0 if name in ("num_register_tokens", "num_test_time_registers") else 1
         _expect(count >= least, name, "a positive integer" if least else "zero or more", count)
         _expect(count <= most, name, f"at most {most}", count)
 
@@ -190,6 +180,7 @@ def count_parameters(config: Any) -> int:
     norms = 2 * (config.final_norm + config.embedding_norm + config.separate_cls_norm)
     classifier = (config.classifier_input_size + 1) * (config.num_labels or 0)
     head_norms = 4 * config.attention_head_dim if config.qk_norm else 0
+    attention += 2 * heads * config.attention_bias_kv
     layers = config.num_hidden_layers * (attention + mlp + scales + 4 * width + head_norms)
     return layers + (tokens + patches + norms) * width + classifier
 
@@ -220,6 +211,9 @@ def _check_choices(config: Any) -> None:
         "drop_path_schedule": DROP_PATH_SCHEDULES,
         "drop_path_kind": DROP_PATH_KINDS,
         "position_interpolation_mode": INTERPOLATION_MODES,
+        "test_time_register_init": ("zero", "mean", "random"),
+        "test_time_register_cls": ("zero", "keep"),
+        "register_neuron_reduction": ("max", "largest", "layer"),
         "position_embedding_type": POSITION_EMBEDDING_TYPES,
         "rope_coordinates": ROPE_COORDINATES,
     }
@@ -252,6 +246,7 @@ def _check_combinations(config: Any) -> None:
         _expect(False, "num_register_tokens", "at least 1 for pooling='cls_register_mean'", 0)
     _check_positions(config)
     _check_final_norms(config)
+    _check_register_neurons(config)
     asked = config.output_prefix_attentions
     if not isinstance(asked, bool):
         short = isinstance(asked, int) or len(asked) <= config.num_hidden_layers
@@ -285,6 +280,18 @@ def _check_final_norms(config: Any) -> None:
         _expect(config.pooling in ("cls", "mean"), "pooling", pooled, config.pooling)
         separate = config.separate_cls_norm
         _expect(not separate, "separate_cls_norm", "False for pooled_norm=True, which norms no token", separate)
+
+
+def _check_register_neurons(config: Any) -> None:
+    neurons = config.register_neurons or []
+    layers, inner = config.num_hidden_layers, config.intermediate_size
+    for pair_ in neurons:
+        whole = len(pair_) == 2 and all(map(_is_whole, pair_))
+        inside = whole and 0 <= pair_[0] < layers and 0 <= pair_[1] < inner
+        _expect(inside, "register_neurons", f"pairs of a layer below {layers} and a neuron below {inner}", pair_)
+    _expect(len({tuple(one) for one in neurons}) == len(neurons), "register_neurons", "without repetition", neurons)
+    count, most = config.num_test_time_registers, len(neurons)
+    _expect(count <= most, "num_test_time_registers", f"at most one per entry of register_neurons ({most})", count)
 
 
 def _is_whole(value: Any) -> bool:

@@ -101,7 +101,19 @@ class ViTRegConfig(BackboneConfigMixin, CheckedArguments):
         qk_norm (`bool`, defaults to `False`): LayerNorm on the queries and keys of each head, before any rotation.
         num_classifier_layers (`int`, defaults to 1): with pooling `"cls_mean"`, the classifier reads CLS of that many
             last blocks and the mean of patches of the last: DINOv2's heads on four layers.
-        num_test_time_registers, register_neurons: reserved; any value but the default is refused until it is built.
+        num_test_time_registers (`int`, defaults to 0): tokens behind the registers that hold nothing but what register
+            neurons put there (Jiang et al., arXiv 2506.08010); no parameters. See `add_test_time_registers`.
+        register_neurons (`list` of `[layer, neuron]`, *optional*): neurons of the MLP whose activations are moved onto
+            the test-time registers, in turn; without such registers they are set to 0.
+        test_time_register_init (`str`, defaults to `"zero"`): what these tokens hold at first: `"zero"`, the `"mean"`
+            of the image's patches, or a fixed `"random"` vector of their standard deviation.
+        test_time_register_cls (`str`, defaults to `"zero"`): whether register neurons are 0 on CLS too (the paper), or
+            CLS is left to `"keep"` them (the authors' code).
+        register_neuron_reduction (`str`, defaults to `"max"`): what a register gets: of each neuron the
+            `"max"` over other tokens, or the value of `"largest"` magnitude (for SwiGLU, where it may be negative); or
+            the largest of all register neurons of the `"layer"`.
+        attention_bias_kv (`bool`, defaults to `False`): one more key and value per head and block that every token may
+            attend to (Sun et al., arXiv 2402.17762), `bias_k` and `bias_v`.
 
     Example:
 
@@ -188,6 +200,10 @@ class ViTRegConfig(BackboneConfigMixin, CheckedArguments):
     num_classifier_layers: int = 1
     num_test_time_registers: int = 0
     register_neurons: list[list[int]] | None = None
+    test_time_register_init: str = "zero"
+    test_time_register_cls: str = "zero"
+    register_neuron_reduction: str = "max"
+    attention_bias_kv: bool = False
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
     # Fields of the base class, declared again: newer versions of Transformers leave their types unchecked.
@@ -219,10 +235,14 @@ class ViTRegConfig(BackboneConfigMixin, CheckedArguments):
     def _plan_optional_modules(self) -> None:
         """Plans of this config alone, which Transformers reads off the instance."""
         split = {"layers.*.mlp.gate_proj": "colwise"} if self.use_swiglu_ffn else {}
+        # a rank would have to know which register neurons, and which heads' biases, are its own
+        whole_parts = ("mlp",) * bool(self.register_neurons) + ("attention",) * self.attention_bias_kv
         if self.qk_norm:  # each rank normalises its own heads, so gradients of the one weight add up
             split |= {f"layers.*.attention.{norm}": "replicated_with_grad_allreduce" for norm in ("q_norm", "k_norm")}
         whole = {"cls_norm": "keep_full_weight"} if self.separate_cls_norm else {}
-        self.base_model_tp_plan = {**self.base_model_tp_plan, **split}  # type: ignore[misc]
+        plan = {**self.base_model_tp_plan, **split}
+        plan = {name: how for name, how in plan.items() if not any(f".{part}." in name for part in whole_parts)}
+        self.base_model_tp_plan = plan  # type: ignore[misc]
         self.base_model_fsdp_plan = {**self.base_model_fsdp_plan, **whole}  # type: ignore[misc]
 
     # What follows from the fields

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_vitreg import ViTRegConfig
+from .moved_neurons import initial_tokens
 from .position_embedding import (
     InterpolationRule,
     PositionInterpolation,
@@ -87,8 +88,16 @@ class ViTRegEmbeddings(nn.Module):
         left_out = self.leaves_out_patches()
         if left_out:
             patches, patch_mask, rotation = self._thinned(patches, patch_mask, rotation)
-        tokens = self.dropout(self.layout.join(cls_token, registers, patches))
-        return Embedded(self.norm(tokens), None if left_out else grid, patch_mask, self._of_all_tokens(rotation))
+        tokens = self.norm(self.dropout(self.layout.join(cls_token, registers, patches)))
+        tokens = self._with_test_time(tokens, patch_mask)
+        return Embedded(tokens, None if left_out else grid, patch_mask, self._of_all_tokens(rotation))
+
+    def _with_test_time(self, tokens: Tensor, patch_mask: Tensor | None) -> Tensor:
+        """Tokens with test-time registers, behind the norm, so that a zero is one for the first block."""
+        if not self.config.num_test_time_registers:
+            return tokens
+        initial = initial_tokens(self.config, self.layout.patches_without_test_time(tokens), patch_mask)
+        return self.layout.with_test_time(tokens, initial)
 
     def leaves_out_patches(self) -> bool:
         """Whether this pass is training with patch dropout, after which patches are no grid."""

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import ViTRegAttention
 from .configuration_vitreg import ViTRegConfig
+from .moved_neurons import RegisterNeurons, neurons_of
 from .position_embedding import Rotation
 from .recording import RecordedModule
 from .token_layout import packed, unpacked
@@ -26,32 +27,54 @@ Branch = Callable[[Tensor, GroupSizes, list[Tensor | None]], Tensor]
 # MLP
 
 
-class ViTRegMLP(nn.Module):
+class ViTRegFeedForward(nn.Module):
+    """Neurons and a projection from them; register neurons, if the config names any of this block, are moved."""
+
+    down_proj: nn.Linear
+
+    def __init__(self, config: ViTRegConfig, layer: int) -> None:
+        super().__init__()
+        self.register_neurons = RegisterNeurons(config, layer) if neurons_of(config, layer)[0] else None
+
+    def forward(
+        self, hidden_states: Tensor, group_sizes: GroupSizes | None = None, token_mask: Tensor | None = None
+    ) -> Tensor:
+        activations = self.neurons(hidden_states)
+        if self.register_neurons is not None:
+            activations = self.register_neurons(activations, group_sizes or (), token_mask)
+        return self.down_proj(activations)
+
+    def neurons(self, hidden_states: Tensor) -> Tensor:
+        """Activations `(..., F)` of tokens `(..., D)`."""
+        raise NotImplementedError
+
+
+class ViTRegMLP(ViTRegFeedForward):
     """Two projections with an activation between them."""
 
-    def __init__(self, config: ViTRegConfig) -> None:
-        super().__init__()
+    def __init__(self, config: ViTRegConfig, layer: int = 0) -> None:
+        super().__init__(config, layer)
         inner = cast(int, config.intermediate_size)
         self.up_proj = nn.Linear(config.hidden_size, inner, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
         self.down_proj = nn.Linear(inner, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+    def neurons(self, hidden_states: Tensor) -> Tensor:
+        return self.act_fn(self.up_proj(hidden_states))
 
 
-class ViTRegSwiGLU(nn.Module):
+class ViTRegSwiGLU(ViTRegFeedForward):
     """MLP whose inner activation is a second projection, gated by SiLU of the first."""
 
-    def __init__(self, config: ViTRegConfig) -> None:
-        super().__init__()
+    def __init__(self, config: ViTRegConfig, layer: int = 0) -> None:
+        super().__init__(config, layer)
         inner = cast(int, config.intermediate_size)
         self.gate_proj = nn.Linear(config.hidden_size, inner, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, inner, bias=config.mlp_bias)
         self.down_proj = nn.Linear(inner, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+    def neurons(self, hidden_states: Tensor) -> Tensor:
+        return F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
 
 
 # Layer
@@ -108,12 +131,12 @@ class ViTRegDropPath(nn.Module):
 class ViTRegLayer(RecordedModule, GradientCheckpointingLayer):
     """One pre-norm block: attention, then MLP, each on a residual branch."""
 
-    def __init__(self, config: ViTRegConfig, drop_path_rate: float = 0.0) -> None:
+    def __init__(self, config: ViTRegConfig, drop_path_rate: float = 0.0, layer: int = 0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = ViTRegAttention(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = ViTRegSwiGLU(config) if config.use_swiglu_ffn else ViTRegMLP(config)
+        self.mlp = ViTRegSwiGLU(config, layer) if config.use_swiglu_ffn else ViTRegMLP(config, layer)
         scaled = config.layerscale_value is not None
         self.layer_scale1 = ViTRegLayerScale(config) if scaled else nn.Identity()
         self.layer_scale2 = ViTRegLayerScale(config) if scaled else nn.Identity()
@@ -148,7 +171,8 @@ class ViTRegLayer(RecordedModule, GradientCheckpointingLayer):
             return self.layer_scale1(self.dropout(attended))
 
         def transform(tokens: Tensor, sizes: GroupSizes, chosen: list[Tensor | None]) -> Tensor:
-            return self.layer_scale2(self.dropout(self.mlp(self.norm2(tokens))))
+            token_mask = _chosen(kwargs.get("token_mask"), chosen[0])
+            return self.layer_scale2(self.dropout(self.mlp(self.norm2(tokens), sizes, token_mask)))
 
         for branch in (attend, transform):
             groups = self._residual(groups, branch, subsets)

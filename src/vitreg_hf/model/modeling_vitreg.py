@@ -107,6 +107,10 @@ class ViTRegPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Conv2d):
             init.trunc_normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, ViTRegAttention):
+            for bias in (module.bias_k, module.bias_v):
+                if bias is not None:
+                    init.normal_(bias, mean=0.0, std=self.config.token_initializer_range)
         elif isinstance(module, ViTRegLayerScale):
             init.constant_(module.lambda1, cast(float, self.config.layerscale_value))
         elif isinstance(module, ViTRegEmbeddings):
@@ -174,7 +178,8 @@ class ViTRegPreTrainedModel(PreTrainedModel):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that an optimizer should not decay: tokens, positions, biases, norms and LayerScale."""
         tokens = self.token_parameters()
-        return {name for name, p in self.named_parameters() if p.ndim < 2 or name in tokens}
+        biases = (".bias_k", ".bias_v")  # of heads
+        return {n for n, p in self.named_parameters() if p.ndim < 2 or n in tokens or n.endswith(biases)}
 
     def token_parameters(self) -> set[str]:
         """Names of the parameters that are tokens or positions: CLS, registers, mask token, position table."""
@@ -208,7 +213,7 @@ class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
         super().__init__(config)
         self.layout = TokenLayout.from_config(config)
         self.embeddings = ViTRegEmbeddings(config, use_mask_token=use_mask_token)
-        self.layers = nn.ModuleList([ViTRegLayer(config, rate) for rate in config.drop_path_rates])
+        self.layers = nn.ModuleList([ViTRegLayer(config, rate, i) for i, rate in enumerate(config.drop_path_rates)])
         width, eps = config.hidden_size, config.layer_norm_eps
         self.layernorm = nn.LayerNorm(width, eps=eps) if config.final_norm else nn.Identity()
         self.cls_norm = nn.LayerNorm(width, eps=eps) if config.separate_cls_norm else None

@@ -47,6 +47,32 @@ class TokenLayout:
         """Build the sequence `(B, N, D)` from all before the patches, `(B, prefix, D)`, and patches `(B, P, D)`."""
         return torch.cat([prefix, patches], dim=1)
 
+    def without_test_time(self, tokens: Tensor) -> Tensor:
+        """All tokens but test-time registers, `(B, N - T, ...)` of `(B, N, ...)`."""
+        if not self.num_test_time_registers:
+            return tokens
+        first = self.num_cls + self.num_registers
+        return torch.cat([tokens[:, :first], tokens[:, self.num_prefix :]], dim=1)
+
+    def with_test_time(self, tokens: Tensor, test_time: Tensor) -> Tensor:
+        """Undo that: put test-time registers `(1 or B, T, D)` between the registers and the patches."""
+        first = self.num_cls + self.num_registers
+        test_time = test_time.expand(tokens.shape[0], -1, -1)
+        return torch.cat([tokens[:, :first], test_time, tokens[:, first:]], dim=1)
+
+    def patches_without_test_time(self, tokens: Tensor) -> Tensor:
+        """View of the patches, `(B, P, D)`, of tokens among which there are no test-time registers yet."""
+        return tokens[:, self.num_cls + self.num_registers :]
+
+    def test_time_registers(self, tokens: Tensor) -> Tensor | None:
+        """View of the test-time registers, `(B, T, D)`, or None if there are none."""
+        first = self.num_cls + self.num_registers
+        return tokens[:, first : self.num_prefix] if self.num_test_time_registers else None
+
+    def cls_alone(self, tokens: Tensor) -> Tensor:
+        """Tokens `(B, N, D)` with zeros for all but CLS."""
+        return F.pad(tokens[:, : self.num_cls], (0, 0, 0, tokens.shape[1] - self.num_cls))
+
     def of_all_tokens(self, values: Tensor, prefix_value: float) -> Tensor:
         """Values `(B, N, D)` of all tokens from those of the patches, `(B, P, D)`, and one for all before them."""
         return F.pad(values, (0, 0, self.num_prefix, 0), value=prefix_value)
