@@ -54,6 +54,7 @@ def outputs_here(model, pixels):
     return {
         **tokens,
         "hidden_states": out.hidden_states,
+        "blocks": out.hidden_states[1:],
         "last_hidden_state": getattr(out, "last_hidden_state", None),
         "pooled": getattr(out, "pooler_output", None),
         "logits": getattr(out, "logits", None),
@@ -82,8 +83,9 @@ def _assert_near(name, theirs, own, tolerance):
 def assert_same_outputs():
     """Compare a source and a model of this family on images of some sizes.
 
-    `outputs_of(pixels)` gives tensors by name: any of hidden_states (one per layer, embeddings first), cls, registers,
-    patches, last_hidden_state, pooled, logits. Those that it gives have to be equal here.
+    `outputs_of(pixels)` gives tensors by name, and those that it gives have to be equal here: any of hidden_states (of
+    the embeddings and of every block), blocks (the same without the embeddings), cls, registers, patches,
+    last_hidden_state, pooled, logits.
     """
 
     def check(outputs_of, model, sizes, tolerance=TOLERANCE, channels=3, images=2):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vitreg_hf.conversion.layout import Reading, Told, Writing
-from vitreg_hf.conversion.processors import CLIP_STATISTICS, evaluation
+from vitreg_hf.conversion.processors import from_timm, open_clip_settings
 from vitreg_hf.conversion.reference_names import QKV, depth_of, grid_side, heads_of, shape_of
 from vitreg_hf.conversion.rules import Reshaped, Rule, Table
 from vitreg_hf.conversion.stored import Source
@@ -68,16 +68,14 @@ class OpenClipLayout:
             position_interpolation_antialias=True,  # OpenCLIP resizes its table so when it loads another size
         )
         unsure = () if source.open_clip else ("no open_clip_config.json: GELU is taken, not OpenAI's QuickGELU",)
-        statistics = (source.open_clip or {}).get("preprocess_cfg") or {}
-        stated = {"image_mean": statistics.get("mean"), "image_std": statistics.get("std")}
-        chosen = {name: list(value) for name, value in stated.items() if value}
+        options, notes = from_timm(open_clip_settings(source.open_clip or {}, side * patch), patch)
         return Reading(
             config,
             _TABLE,
             rules=_rules(config),
             dropped=_DROPPED,
-            processor=evaluation(side * patch, side * patch, patch, **{**CLIP_STATISTICS, **chosen}),
-            notes=unsure,
+            processor=options,
+            notes=(*unsure, *notes),
         )
 
     def write(self, config: ViTRegConfig, has_head: bool, facts: Mapping[str, Any], processor: dict) -> Writing:

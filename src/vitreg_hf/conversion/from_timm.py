@@ -8,11 +8,17 @@ from torch import nn
 
 from vitreg_hf.conversion.labels import label_fields, named_labels
 from vitreg_hf.conversion.layout import Reading, Told, Writing
-from vitreg_hf.conversion.processors import from_timm
+from vitreg_hf.conversion.processors import from_timm, open_clip_settings
 from vitreg_hf.conversion.reference_names import BLOCKS, GATE_AND_VALUE, MLP, QKV
 from vitreg_hf.conversion.rules import HalvesOfPairs, LinearPatches, Reshaped, Rule, Table
 from vitreg_hf.conversion.stored import Source
-from vitreg_hf.conversion.timm_models import empty_timm_model, fields_of, fitting_model
+from vitreg_hf.conversion.timm_models import (
+    CHANNELS_PER_HEAD,
+    OLD_SCALE,
+    empty_timm_model,
+    fields_of,
+    fitting_model,
+)
 from vitreg_hf.model.configuration_vitreg import ViTRegConfig
 
 _TRUNK = "visual.trunk."  # of OpenCLIP, around a tower of timm
@@ -56,9 +62,13 @@ class TimmLayout:
             )
         prefix = _TRUNK if any(name.startswith(_TRUNK) for name in source.tensors) else ""
         weights = _bare(source, prefix)
-        model, arguments = fitting_model(architecture, _arguments(saved, source, told, prefix), weights)
+        stated = _arguments(saved, source, told, prefix)
+        model, arguments = fitting_model(architecture, stated, weights)
+        _set_pooling(model, source)
         settings = {**model.pretrained_cfg, **(saved.get("pretrained_cfg") or {})}
         fields, has_head = fields_of(model), isinstance(model.head, nn.Linear)
+        if source.open_clip is not None:
+            settings |= open_clip_settings(source.open_clip, fields["image_size"])
         config = ViTRegConfig(**fields, **(_labels(settings, saved, model.num_classes) if has_head else {}))
         options, notes = from_timm(settings, config.patch_size)
         return Reading(
@@ -69,7 +79,7 @@ class TimmLayout:
             dropped=_DROPPED,
             processor=options,
             facts={"architecture": architecture, "arguments": arguments, "settings": _plain(settings)},
-            notes=tuple(notes),
+            notes=(*notes, *_guessed(stated, arguments)),
         )
 
     def write(self, config: ViTRegConfig, has_head: bool, facts: Mapping[str, Any], processor: dict) -> Writing:
@@ -105,6 +115,19 @@ def _bare(source: Source, prefix: str) -> Source:
         return source
     tensors = {name.removeprefix(prefix): t for name, t in source.tensors.items() if name.startswith(prefix)}
     return source.changed(tensors, f"the tower is what stands under {prefix!r}")
+
+
+def _guessed(stated: Mapping[str, Any], arguments: Mapping[str, Any]) -> list[str]:
+    if "num_heads" not in arguments or "num_heads" in stated:
+        return []
+    return [f"nothing says how many heads there are: {arguments['num_heads']}, of {CHANNELS_PER_HEAD} channels each"]
+
+
+def _set_pooling(model: Any, source: Source) -> None:
+    """OpenCLIP pools the tower of its own accord."""
+    pooling = ((source.open_clip or {}).get("model_cfg") or {}).get("vision_cfg", {}).get("timm_pool")
+    if pooling in ("avg", "token"):
+        model.reset_classifier(0, pooling)
 
 
 def _arguments(saved: Mapping[str, Any], source: Source, told: Told, prefix: str) -> dict[str, Any]:
@@ -144,7 +167,7 @@ def names_of(model: Any, config: ViTRegConfig, source: Source | None = None) -> 
     }
     if type(model).__name__ == "NaFlexVit":
         table |= _NAFLEX
-    old_scale = source is not None and "blocks.0.gamma_1" in source.tensors  # DeiT-III's own files
+    old_scale = source is not None and OLD_SCALE in source.tensors
     if hasattr(block, "gamma_1") or old_scale:
         table |= {f"layers.*.layer_scale{i}.lambda1": f"blocks.*.gamma_{i}" for i in (1, 2)}
     return table

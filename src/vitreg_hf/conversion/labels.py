@@ -2,6 +2,7 @@
 """Names of classes that a checkpoint counts but does not name."""
 
 import importlib.util
+from collections import Counter
 from typing import Any
 
 # Sets that timm brings names of; the count of classes tells which.
@@ -23,8 +24,8 @@ def named_labels(count: int) -> dict[str, Any]:
 
     info = ImageNetInfo(_SETS[count])
     names = [info.index_to_description(index) for index in range(count)]
-    if len(set(names)) < len(names):  # two classes are called alike, crane the bird and the machine: say which
-        names = [f"{name} ({info.index_to_label_name(index)})" for index, name in enumerate(names)]
+    alike = {name for name, times in Counter(names).items() if times > 1}  # crane, the bird and the machine: say which
+    names = [f"{name} ({info.index_to_label_name(i)})" if name in alike else name for i, name in enumerate(names)]
     return label_fields(names)
 
 

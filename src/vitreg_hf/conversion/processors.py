@@ -79,7 +79,7 @@ def from_timm(settings: Mapping[str, Any], patch_size: int | Sequence[int]) -> t
     share, mode = settings.get("crop_pct") or 1.0, settings.get("crop_mode") or "center"
     notes = []
     if mode == "border":
-        notes.append("timm pads images to a square with their border here; the image processor crops the middle")
+        notes.append("the source pads images to a square here; the image processor crops the middle")
     squashed = mode == "squash"
     resize = math.floor(side / share)
     return {
@@ -91,6 +91,27 @@ def from_timm(settings: Mapping[str, Any], patch_size: int | Sequence[int]) -> t
         "image_std": list(settings.get("std") or IMAGENET_DEFAULT_STD),
         **_divisor(patch_size),
     }, notes
+
+
+def open_clip_settings(saved: Mapping[str, Any], side: int | Sequence[int]) -> dict[str, Any]:
+    """What `open_clip_config.json` says of images, in the words of timm, which `from_timm` reads.
+
+    Args:
+        saved: its content.
+        side: of images, where it does not say it.
+    """
+    shown = saved.get("preprocess_cfg") or {}
+    wanted = shown.get("size") or (saved.get("model_cfg") or {}).get("vision_cfg", {}).get("image_size") or side
+    height, width = (wanted, wanted) if isinstance(wanted, int) else wanted
+    modes = {"squash": "squash", "longest": "border"}
+    return {
+        "input_size": (3, height, width),
+        "crop_pct": 1.0,
+        "crop_mode": modes.get(shown.get("resize_mode") or "shortest", "center"),
+        "interpolation": shown.get("interpolation") or "bicubic",
+        "mean": shown.get("mean") or OPENAI_CLIP_MEAN,
+        "std": shown.get("std") or OPENAI_CLIP_STD,
+    }
 
 
 def _divisor(patch_size: int | Sequence[int]) -> dict[str, int]:

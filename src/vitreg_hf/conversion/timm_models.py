@@ -5,6 +5,7 @@ timm states an architecture by code, so its own classes are asked, not a table o
 is told with the reason.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ _ACTIVATIONS = {
     "SiLU": "silu",
     "ReLU": "relu",
 }
+OLD_SCALE = "blocks.0.gamma_1"  # LayerScale in DeiT-III's own files, and in models of the class Eva
+CHANNELS_PER_HEAD = 64  # of every published ViT but a few
 # What the arguments of the three classes are called
 _REGISTERS = {"VisionTransformer": "reg_tokens", "Eva": "num_reg_tokens", "NaFlexVit": "reg_tokens"}
 
@@ -57,10 +60,10 @@ def _resolved(arguments: Mapping[str, Any]) -> dict[str, Any]:
     from timm import layers
 
     classes = {"mlp_layer", "norm_layer", "embed_layer"}
-    return {
-        name: getattr(layers, value) if name in classes and isinstance(value, str) else value
-        for name, value in arguments.items()
-    }
+    named = {name: value for name, value in arguments.items() if name in classes and isinstance(value, str)}
+    if unknown := [value for value in named.values() if not hasattr(layers, value)]:
+        raise ValueError(f"Expected layers of timm, got {unknown[0]!r}")
+    return {**arguments, **{name: getattr(layers, value) for name, value in named.items()}}
 
 
 def fitting_model(architecture: str, arguments: Mapping[str, Any], source: Source) -> tuple[Any, dict[str, Any]]:
@@ -69,15 +72,27 @@ def fitting_model(architecture: str, arguments: Mapping[str, Any], source: Sourc
     Raises:
         ValueError: if no arguments give the shapes of the weights, with what differs.
     """
-    shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
     chosen = dict(arguments)
     model = empty_timm_model(architecture, chosen)
+    shapes = _shapes(model, source)
     if _differences(model, shapes):
-        chosen |= _told_by_shapes(model, shapes)
+        told = _told_by_shapes(model, shapes)
+        if "num_heads" in arguments:
+            told.pop("num_heads", None)
+        chosen |= told
         model = empty_timm_model(architecture, chosen)
     if differing := _differences(model, shapes):
         raise ValueError(f"Expected weights of timm's {architecture}, got others: {'; '.join(differing[:4])}")
     return model, chosen
+
+
+def _shapes(model: nn.Module, source: Source) -> dict[str, tuple[int, ...]]:
+    """Shapes of weights by the names of the model."""
+    renamed = OLD_SCALE in source.tensors and OLD_SCALE not in model.state_dict()
+    return {
+        re.sub(r"\.gamma_(\d)$", r".ls\1.gamma", name) if renamed else name: tensor.shape
+        for name, tensor in source.tensors.items()
+    }
 
 
 def _differences(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -95,8 +110,10 @@ def _told_by_shapes(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
         return {"num_classes": shapes.get("head.weight", (0,))[0]}
     width, channels, patch, _ = shapes["patch_embed.proj.weight"]
     told: dict[str, Any] = {"num_classes": shapes.get("head.weight", (0,))[0]}
-    if (width, channels) != (model.embed_dim, model.in_chans):
-        told |= {"embed_dim": width, "in_chans": channels}
+    if channels != model.in_chans:
+        told["in_chans"] = channels
+    if width != model.embed_dim:  # the number of heads of an architecture is one for its own width
+        told |= {"embed_dim": width, "num_heads": max(width // CHANNELS_PER_HEAD, 1)}
     depth = 1 + max((int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")), default=0)
     if depth != len(model.blocks):
         told["depth"] = depth
@@ -126,7 +143,7 @@ def _mlp_told(shapes: Mapping[str, tuple[int, ...]], width: int) -> dict[str, An
         return {}
     told: dict[str, Any] = {"mlp_ratio": (up[0] + 0.5) / width}  # half a channel more, as timm rounds down
     if up[0] == 2 * down[1]:
-        told["mlp_layer"] = "SwiGLUPacked"
+        told |= {"mlp_layer": "SwiGLUPacked", "act_layer": "silu"}
     if "blocks.0.ls1.gamma" in shapes:
         told["init_values"] = 1e-5
     return told

@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import ViTRegAttention
 from .configuration_vitreg import ViTRegConfig
-from .moved_neurons import RegisterNeurons, neurons_of
+from .moved_neurons import MovedNeurons, neurons_of
 from .position_embedding import Rotation
 from .recording import RecordedModule
 from .token_layout import packed, unpacked
@@ -34,7 +34,7 @@ class ViTRegFeedForward(nn.Module):
 
     def __init__(self, config: ViTRegConfig, layer: int) -> None:
         super().__init__()
-        self.register_neurons = RegisterNeurons(config, layer) if neurons_of(config, layer)[0] else None
+        self.register_neurons = MovedNeurons(config, layer) if neurons_of(config, layer)[0] else None
 
     def forward(
         self, hidden_states: Tensor, group_sizes: GroupSizes | None = None, token_mask: Tensor | None = None

@@ -17,7 +17,7 @@ from .configuration_vitreg import ViTRegConfig
 from .token_layout import TokenLayout, packed, unpacked
 
 
-class RegisterNeurons:
+class MovedNeurons:
     """Moves the activations of the register neurons of one block (the paper's Algorithm 2).
 
     On every token but the test-time registers a register neuron becomes 0, on CLS too unless the config keeps it. On
