@@ -15,7 +15,6 @@ from transformers.image_utils import (
 
 from vitreg_hf.model.image_processing_pil_vitreg import ViTRegImageProcessorPil
 
-CLIP_STATISTICS = {"image_mean": list(OPENAI_CLIP_MEAN), "image_std": list(OPENAI_CLIP_STD)}
 # SAT-493M of DINOv3, satellite images
 SATELLITE_STATISTICS = {"image_mean": [0.430, 0.411, 0.296], "image_std": [0.213, 0.156, 0.143]}
 _FILTERS = {
@@ -75,16 +74,15 @@ def from_transformers(saved: Mapping[str, Any], patch_size: int | Sequence[int])
 
 def from_timm(settings: Mapping[str, Any], patch_size: int | Sequence[int]) -> tuple[dict[str, Any], list[str]]:
     """Options that follow from `pretrained_cfg` of timm, as its evaluation transform reads it."""
-    side = settings.get("input_size", (3, 224, 224))[-1]
+    height, width = settings.get("input_size", (3, 224, 224))[-2:]
     share, mode = settings.get("crop_pct") or 1.0, settings.get("crop_mode") or "center"
     notes = []
     if mode == "border":
         notes.append("the source pads images to a square here; the image processor crops the middle")
-    squashed = mode == "squash"
-    resize = math.floor(side / share)
+    rows, columns = math.floor(height / share), math.floor(width / share)
     return {
-        "size": {"height": resize, "width": resize} if squashed else {"shortest_edge": resize},
-        "crop_size": {"height": side, "width": side},
+        "size": {"height": rows, "width": columns} if mode == "squash" else {"shortest_edge": max(rows, columns)},
+        "crop_size": {"height": height, "width": width},
         "do_center_crop": True,
         "resample": int(_FILTERS.get(settings.get("interpolation") or "bicubic", PILImageResampling.BICUBIC)),
         "image_mean": list(settings.get("mean") or IMAGENET_DEFAULT_MEAN),
