@@ -26,6 +26,7 @@ class Paths:
             model without one.
         patches: patch embedding, before positions; None for text models.
         cls_tokens: names of the tokens before registers and patches.
+        neurons: inside a block, the projection whose input the neurons of its FFN are; None where they are not read.
     """
 
     blocks: str
@@ -34,6 +35,7 @@ class Paths:
     final_norm: str | None
     patches: str | None = None
     cls_tokens: tuple[str, ...] = ("CLS",)
+    neurons: str | None = None
 
 
 _ENCODER_LAYER = ("encoder.layer", "attention.output.dense", "output.dense", None)
@@ -41,7 +43,7 @@ _LLAMA = Paths("layers", "self_attn", "mlp", "norm")
 _SCALED = ("layer_scale1", "layer_scale2")
 
 VISION_PATHS = {
-    "vitreg": Paths("layers", *_SCALED, "normed", "embeddings.patch_embeddings"),
+    "vitreg": Paths("layers", *_SCALED, "normed", "embeddings.patch_embeddings", neurons="mlp.down_proj"),
     "vit": Paths("layers", "attention", "mlp", "layernorm", "embeddings.patch_embeddings"),
     "deit": Paths(
         "layers", "attention", "mlp", "layernorm", "embeddings.patch_embeddings", cls_tokens=("CLS", "distillation")
@@ -85,6 +87,7 @@ class Anatomy:
         layout: tokens before the patches; None for text.
         prefix_names: name of each token before the patches.
         causal: whether a token sees only those before it.
+        neuron_projections: per block, the module whose input the neurons of its FFN are; empty where none are read.
     """
 
     family: str
@@ -97,6 +100,7 @@ class Anatomy:
     layout: TokenLayout | None
     prefix_names: tuple[str, ...]
     causal: bool = False
+    neuron_projections: Sequence[nn.Module] = ()
 
 
 def anatomy_of(model: nn.Module) -> Anatomy:
@@ -191,6 +195,7 @@ def _described(family: str, backbone: nn.Module, paths: Paths, layout: TokenLayo
         layout=layout,
         prefix_names=() if layout is None else tuple(token_names(layout, names)),
         causal=layout is None and (family in _DECODERS or bool(getattr(config, "is_decoder", False))),
+        neuron_projections=[block.get_submodule(paths.neurons) for block in blocks] if paths.neurons else (),
     )
 
 

@@ -79,6 +79,7 @@ class Readers:
         attention: gets an `AttentionCall` per block.
         attention_update, ffn_update: get what the branch of a block adds to the residual stream, `(B, N, D)`.
         edit: gets the input of every block and returns what the block gets instead.
+        neurons: gets the activations of the neurons of a block's FFN, `(B, N, F)`, as they are projected back.
     """
 
     hidden: Callable[[int, Tensor], Any] | None = None
@@ -86,6 +87,7 @@ class Readers:
     attention_update: Callable[[int, Tensor], Any] | None = None
     ffn_update: Callable[[int, Tensor], Any] | None = None
     edit: Callable[[int, Tensor], Tensor] | None = None
+    neurons: Callable[[int, Tensor], Any] | None = None
 
 
 @dataclass
@@ -96,6 +98,7 @@ class Recording:
     attention: list[Any] = field(default_factory=list)
     attention_updates: list[Any] = field(default_factory=list)
     ffn_updates: list[Any] = field(default_factory=list)
+    neurons: list[Any] = field(default_factory=list)
     embedded: Tensor | None = None
 
 
@@ -104,8 +107,11 @@ def recording(anatomy: Anatomy, readers: Readers) -> Iterator[Recording]:
     """Record one forward pass that runs inside this context.
 
     Raises:
-        ValueError: at the end, if attention was wanted and a block did not call PyTorch's attention exactly once.
+        ValueError: if neurons were wanted of a family whose neurons are not read; at the end, if attention was wanted
+            and a block did not call PyTorch's attention exactly once.
     """
+    if readers.neurons is not None and not anatomy.neuron_projections:
+        raise ValueError(f"Expected a model whose neurons can be read, got one of the family {anatomy.family!r}")
     recorded, tracker = Recording(), _Tracker()
     with ExitStack() as stack:
         for index, block in enumerate(anatomy.blocks):
@@ -113,6 +119,9 @@ def recording(anatomy: Anatomy, readers: Readers) -> Iterator[Recording]:
             _hook(stack, block.register_forward_hook(_after_block(index, tracker, readers, recorded)))
         _hook_branches(stack, anatomy.attention_branches, readers.attention_update, recorded.attention_updates)
         _hook_branches(stack, anatomy.ffn_branches, readers.ffn_update, recorded.ffn_updates)
+        if readers.neurons is not None:
+            for index, module in enumerate(anatomy.neuron_projections):
+                _hook(stack, module.register_forward_pre_hook(_before_projection(index, readers.neurons, recorded)))
         if anatomy.patch_embedding is not None:
             _hook(stack, anatomy.patch_embedding.register_forward_hook(_keep_embedded(recorded)))
         if readers.attention is not None:
@@ -195,6 +204,13 @@ def _hook_branches(
             kept.append(reader(index, _first(output)))
 
         _hook(stack, module.register_forward_hook(hook))
+
+
+def _before_projection(index: int, reader: Callable[[int, Tensor], Any], recorded: Recording) -> Callable:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        recorded.neurons.append(reader(index, args[0]))
+
+    return hook
 
 
 def _keep_embedded(recorded: Recording) -> Callable:

@@ -69,6 +69,10 @@ class TokenLayout:
         first = self.num_cls + self.num_registers
         return tokens[:, first : self.num_prefix] if self.num_test_time_registers else None
 
+    def first_test_time(self, by_head: Tensor) -> Tensor:
+        """View of the first test-time register, `(..., d)`, of keys or values `(..., N, d)`."""
+        return by_head[..., self.num_cls + self.num_registers, :]
+
     def cls_alone(self, tokens: Tensor) -> Tensor:
         """Tokens `(B, N, D)` with zeros for all but CLS."""
         return F.pad(tokens[:, : self.num_cls], (0, 0, 0, tokens.shape[1] - self.num_cls))
