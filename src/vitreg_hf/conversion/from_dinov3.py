@@ -5,7 +5,9 @@ Keys have no bias: files keep one with a mask that zeroes it. Periods of the rot
 from one number. Trainings of large models normalise the CLS of local crops apart, which evaluation never does.
 """
 
+import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,11 +35,15 @@ _SWIGLU: Table = {
 }
 _BIASES = ("layers.*.attention.q_proj.bias", "layers.*.attention.v_proj.bias")
 _QKV_BIAS = "blocks.*.attn.qkv.bias"
+_MASK = "blocks.{}.attn.qkv.bias_mask"
+_PERIODS = "rope_embed.periods"
 _DROPPED = {
     r"^rope_embed\.periods$": "follows from rope_theta",
     r"\.attn\.qkv\.bias_mask$": "zeroes the bias of keys, which this family leaves out",
     r"^local_cls_norm\.": "normalises CLS of local crops in training alone",
+    r"^projectors\.": "projects to the widths of teachers in a distillation",  # EUPE's
 }
+_SATELLITE = ("statistics of SAT-493M, as the name says so",)
 _MASK_TOKEN = {r"^mask_token$": "stands for masked patches in training alone (use_mask_token keeps it)"}
 
 
@@ -57,9 +63,7 @@ class Dinov3Layout:
         fields = common_fields(source, told)
         width, patch = fields["hidden_size"], fields["patch_size"]
         has_swiglu = "blocks.0.mlp.w1.weight" in source.tensors
-        masked = "blocks.0.attn.qkv.bias_mask" in source.tensors
-        if masked:
-            _check_mask(source)
+        masked = _has_masks(source, fields["num_hidden_layers"], width)
         has_head = "linear_head.weight" in source.tensors
         head = head_fields(source, width) if has_head else {}
         config = ViTRegConfig(
@@ -76,21 +80,23 @@ class Dinov3Layout:
             **(head | named_labels(head.pop("num_labels")) if has_head else {}),
         )
         # weights of satellite images and of photos look alike; the names of the files differ
-        is_satellite = "sat493m" in source.name.lower()
+        is_satellite = "sat493m" in Path(source.name).name.lower()
         return Reading(
             config,
             _table(config),
             has_head,
             rules=_rules(config),
             dropped={**_DROPPED, **({} if config.use_mask_token else _MASK_TOKEN)},
+            facts={"local_cls_norm": True} if "local_cls_norm.weight" in source.tensors else {},
             processor=squashed(_IMAGE_SIZE, patch, **(SATELLITE_STATISTICS if is_satellite else {})),
-            notes=("statistics of SAT-493M, as the name says so",) if is_satellite else (),
+            notes=(*(_SATELLITE if is_satellite else ()), *_rounded(source)),
         )
 
     def write(self, config: ViTRegConfig, has_head: bool, facts: Mapping[str, Any], processor: dict) -> Writing:
         if config.rope_coordinates != "centered":
             raise ValueError(f"Expected rope_coordinates='centered' for DINOv3, got {config.rope_coordinates!r}")
-        return Writing(_table(config), "model.pth", _rules(config), _added(config), apart={HEAD: "linear_head.pth"})
+        added = _added(config, bool(facts.get("local_cls_norm")))
+        return Writing(_table(config), "model.pth", _rules(config), added, apart={HEAD: "linear_head.pth"})
 
 
 def _table(config: ViTRegConfig) -> Table:
@@ -108,16 +114,35 @@ def _without_key_bias(config: ViTRegConfig) -> bool:
     return config.qkv_bias and config.key_bias is False
 
 
-def _added(config: ViTRegConfig) -> dict[str, Tensor]:
+def _added(config: ViTRegConfig, has_local_norm: bool) -> dict[str, Tensor]:
     """What the reference implementation stores besides parameters that count."""
     width = config.hidden_size
-    added = {"rope_embed.periods": _periods(config.rope_theta, config.attention_head_dim)}
+    added = {_PERIODS: _periods(config.rope_theta, config.attention_head_dim)}
     if not config.use_mask_token:
         added["mask_token"] = torch.zeros(1, width)
+    if has_local_norm:
+        added |= {"local_cls_norm.weight": torch.ones(width), "local_cls_norm.bias": torch.zeros(width)}
     if _without_key_bias(config):
-        mask = torch.cat([torch.ones(width), torch.zeros(width), torch.ones(width)])
-        added |= {f"blocks.{index}.attn.qkv.bias_mask": mask for index in range(config.num_hidden_layers)}
+        added |= {_MASK.format(index): _mask(width) for index in range(config.num_hidden_layers)}
     return added
+
+
+def _mask(width: int) -> Tensor:
+    return torch.cat([torch.ones(width), torch.zeros(width), torch.ones(width)])
+
+
+def _has_masks(source: Source, depth: int, width: int) -> bool:
+    """Whether the bias of keys is masked; raises ValueError for blocks that differ, or a mask of anything else."""
+    names = [_MASK.format(index) for index in range(depth)]
+    absent = [name for name in names if name not in source.tensors]
+    if len(absent) == depth:
+        return False
+    if absent:
+        raise ValueError(f"Expected a mask of the bias of keys in every block or in none, got no {absent[0]}")
+    for name in names:
+        if not torch.equal(source.tensors[name].read().float(), _mask(width)):
+            raise ValueError(f"Expected a mask that zeroes the bias of keys alone, got another one in {name}")
+    return True
 
 
 def _periods(theta: float, head_dim: int) -> Tensor:
@@ -126,21 +151,32 @@ def _periods(theta: float, head_dim: int) -> Tensor:
 
 
 def _theta(source: Source, head_dim: int) -> float:
-    """The number that the stored periods follow from; raises ValueError if they follow from other ones."""
-    if "rope_embed.periods" not in source.tensors:
+    """The shortest number that the stored periods follow from, within the precision that they are stored in.
+
+    Raises:
+        ValueError: if they follow from no single number.
+    """
+    if _PERIODS not in source.tensors:
         return 100.0
-    periods = source.tensors["rope_embed.periods"].read().float()
-    if len(periods) != head_dim // 4:
-        raise ValueError(f"Expected {head_dim // 4} periods for heads of {head_dim} channels, got {len(periods)}")
-    theta = round(float(periods[-1]) ** (len(periods) / (len(periods) - 1))) if len(periods) > 1 else 100
-    # stored in half precision by some trainings
-    if not torch.allclose(periods, _periods(theta, head_dim), rtol=1e-2):
-        raise ValueError(f"Expected periods that follow from one base, got {[round(p, 4) for p in periods.tolist()]}")
-    return float(theta)
+    stored, count = source.tensors[_PERIODS], head_dim // 4
+    if stored.shape != (count,) or not stored.dtype.is_floating_point:
+        raise ValueError(f"Expected {count} periods for heads of {head_dim} channels, got {stored.shape}")
+    periods = stored.read().float()
+    last = float(periods[-1])
+    if bool((periods > 0).all()) and math.isfinite(last):
+        exact = last ** (count / (count - 1)) if count > 1 else 100.0
+        tolerance = max(torch.finfo(stored.dtype).eps, 8 * torch.finfo(torch.float32).eps)
+        for digits in range(1, 8):
+            theta = float(f"{exact:.{digits}g}")
+            if torch.allclose(periods, _periods(theta, head_dim), rtol=tolerance, atol=0):
+                return theta
+    raise ValueError(f"Expected periods that follow from one base, got {[round(p, 4) for p in periods.tolist()]}")
 
 
-def _check_mask(source: Source) -> None:
-    mask = source.tensors["blocks.0.attn.qkv.bias_mask"].read().float()
-    parts = [set(part.tolist()) for part in mask.chunk(3)]
-    if parts != [{1.0}, {0.0}, {1.0}]:
-        raise ValueError("Expected a mask that zeroes the bias of keys alone, got another one")
+def _rounded(source: Source) -> tuple[str, ...]:
+    """A note on positions that the reference implementation computes in the type that their periods are stored in."""
+    stored = source.tensors.get(_PERIODS)
+    if stored is None or stored.dtype.itemsize >= 4:
+        return ()
+    kind = str(stored.dtype).removeprefix("torch.")
+    return (f"periods are in {kind}, in which the reference rotates; here they are those of rope_theta in float32",)
