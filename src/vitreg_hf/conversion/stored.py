@@ -128,7 +128,12 @@ def tensors_of(path: Path) -> dict[str, StoredTensor]:
     """Tensors of one file by name; raises ValueError for a file that is damaged or holds anything else."""
     if path.suffix == ".safetensors":
         return _safetensors(path)
-    return dict(_flattened(load_tensors(path)))
+    tensors: dict[str, StoredTensor] = {}
+    for name, tensor in _flattened(load_tensors(path)):
+        if name in tensors:
+            raise ValueError(f"Expected one tensor of a name, got several called {name!r} in {path}")
+        tensors[name] = tensor
+    return tensors
 
 
 def load_tensors(path: Path) -> Any:
@@ -233,7 +238,7 @@ def _indexed(folder: Path, index: str, content: dict[str, Any]) -> dict[str, Sto
             raise ValueError(f"Expected the file {name!r}, which {index} names, beside it, got none")
     tensors: dict[str, StoredTensor] = {}
     for name in names:
-        tensors.update(tensors_of(folder / name))
+        tensors |= {key: one for key, one in tensors_of(folder / name).items() if mapped.get(key, name) == name}
     if missing := sorted(mapped.keys() - tensors.keys()):
         raise ValueError(f"Expected the tensors that {index} names, got none called {missing[0]!r}")
     return tensors

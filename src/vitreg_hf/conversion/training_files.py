@@ -9,7 +9,7 @@ from vitreg_hf.conversion.stored import Source, StoredTensor
 
 # What wrappers put into names: DataParallel, torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-# The model inside a training, by what it is for; the first of these that a file has is taken.
+# The model inside a training, by what it is for; those that have the first of these somewhere in their names are left.
 _PREFERRED = ("teacher", "model_ema", "ema", "target_encoder", "model", "state_dict", "backbone", "", "student")
 _PROJECTION = "patch_embed.proj.weight"  # every model of these layouts has one
 _CHUNKED = re.compile(r"^blocks\.\d+\.(\d+)\.(.+)$")
@@ -66,17 +66,13 @@ def _inside(source: Source) -> Source:
 
 
 def _preferred(prefixes: list[str]) -> str:
+    """The prefix of the model that is for evaluation; raises ValueError if there are several of the same standing."""
+    left = {prefix: prefix.removesuffix(".").split(".") for prefix in prefixes}
     for name in _PREFERRED:
-        found = [prefix for prefix in prefixes if name in prefix.split(".")[:1]]
-        if len(found) == 1:
-            return found[0]
-        if len(found) > 1 and (backbones := [prefix for prefix in found if prefix.endswith("backbone.")]):
-            return min(backbones, key=len)
-    nested = sorted(prefixes, key=len)  # model.teacher.backbone. and model.student.backbone., as DINOv3 saves them
-    for name in _PREFERRED:
-        if found := [prefix for prefix in nested if name in prefix.split(".")]:
-            return found[0]
-    raise ValueError(f"Expected one model, got several, under {', '.join(repr(prefix) for prefix in prefixes)}")
+        left = {prefix: names for prefix, names in left.items() if name in names} or left
+        if len(left) == 1:
+            return next(iter(left))
+    raise ValueError(f"Expected one model, got several, under {', '.join(repr(prefix) for prefix in left)}")
 
 
 def _reason(key: str) -> str:
