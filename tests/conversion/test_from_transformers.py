@@ -22,7 +22,7 @@ WITH_MLP = {**SMALL, "intermediate_size": 48}
 SIZES = ((56, 56), (70, 42), (84, 98))  # the table's own, one that is not square, a larger one
 ANY_SIZE = {"interpolate_pos_encoding": True}  # ViT and CLIP of Transformers adapt positions when asked
 
-# By name: how to build it, whether it takes ANY_SIZE.
+# How to build each, by name.
 FAMILIES = {
     "dinov2 with registers": lambda: hf.Dinov2WithRegistersModel(hf.Dinov2WithRegistersConfig(**SMALL)),
     "dinov2 with seven registers": lambda: hf.Dinov2WithRegistersModel(
@@ -45,6 +45,7 @@ FAMILIES = {
         hf.Dinov2Config(use_swiglu_ffn=True, num_labels=7, **SMALL)
     ),
     "dinov3": lambda: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(num_register_tokens=4, **WITH_MLP)),
+    "dinov3, no registers": lambda: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**WITH_MLP)),
     "dinov3, gated": lambda: hf.DINOv3ViTModel(
         hf.DINOv3ViTConfig(num_register_tokens=4, use_gated_mlp=True, hidden_act="silu", **WITH_MLP)
     ),

@@ -104,8 +104,7 @@ def _opened(source: Source) -> _Own:
 def _with_cls_position(own: _Own, writing: Writing) -> _Own:
     """The same model with or without a position of CLS, as a layout wants it; the outputs do not change."""
     config, wanted = own.config, writing.cls_position
-    has = config.cls_position_embedding and config.use_cls_token and config.position_embedding_type == "learned"
-    if wanted is None or wanted == has or _POSITIONS not in own.tensors:
+    if wanted is None or wanted == config.cls_position_embedding or {_CLS, _POSITIONS} - own.tensors.keys():
         return own
     cls, table = own.tensors[_CLS].read(), own.tensors[_POSITIONS].read()
     if wanted:
@@ -145,7 +144,9 @@ def _check_again(folder: Path, layout: str, own: _Own, facts: Mapping[str, Any],
     again = plan_conversion(place, layout, head=heads[0] if heads else None, told=told).config
     wanted, read = computing(own.config, own.has_head), computing(again, own.has_head)
     differing = [
-        f"{name}={wanted[name]!r}, which would be {read[name]!r}" for name in wanted if wanted[name] != read[name]
+        f"{name}={value!r}, which would be {read[name]!r}"
+        for name, value in wanted.items()
+        if name in read and read[name] != value  # a name that is in one alone follows from one that differs
     ]
     if differing:
         raise ValueError(f"Expected a model that the layout {layout} can hold, got {'; '.join(differing[:4])}")

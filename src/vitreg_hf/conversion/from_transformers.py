@@ -28,6 +28,7 @@ from vitreg_hf.conversion.transformers_configs import (
 from vitreg_hf.model.configuration_vitreg import ViTRegConfig
 
 _MASK = {r"embeddings\.mask_token$": "stands for masked patches in training alone (use_mask_token keeps it)"}
+_NO_REGISTERS = {r"embeddings\.register_tokens$": "empty: the model has no registers"}  # of DINOv3
 _OF_VIT = {
     r"(^|\.)pooler\.": "a dense layer on CLS, which this family has not: pooler_output is CLS",
     r"^decoder\.": "predicts pixels of masked patches",
@@ -99,7 +100,11 @@ class TransformersLayout:
             _prefixed(generation.names(config), prefix),
             has_head,
             rules={prefix + name: rule for name, rule in self._rules(config).items()},
-            dropped={**self.dropped, **({} if config.use_mask_token else _MASK)},
+            dropped={
+                **self.dropped,
+                **({} if config.use_mask_token else _MASK),
+                **({} if config.num_register_tokens else _NO_REGISTERS),
+            },
             processor=options,
             notes=tuple(notes),
         )
@@ -152,11 +157,14 @@ class TransformersLayout:
         return {"embeddings.mask_token": Reshaped((1, 1, width), (1, width))}
 
     def _added(self, config: ViTRegConfig) -> dict[str, Tensor]:
-        """Mask tokens that these models have whether they are used or not."""
-        shapes = {"dinov2_with_registers": (1, config.hidden_size), "dinov3_vit": (1, 1, config.hidden_size)}
-        if config.use_mask_token or self.model_type not in shapes:
-            return {}
-        return {"embeddings.mask_token": torch.zeros(shapes[self.model_type])}
+        """Mask tokens and registers that these models have whether they are used or not."""
+        width, added = config.hidden_size, {}
+        masks = {"dinov2_with_registers": (1, width), "dinov3_vit": (1, 1, width)}
+        if self.model_type in masks and not config.use_mask_token:
+            added["embeddings.mask_token"] = torch.zeros(masks[self.model_type])
+        if self.model_type in _HAVE_REGISTERS and not config.num_register_tokens:
+            added["embeddings.register_tokens"] = torch.zeros(1, 0, width)
+        return added
 
 
 def _prefixed(table: Table, prefix: str) -> Table:
