@@ -31,6 +31,7 @@ class AttentionCall:
         scaling: factor on the logits.
         mask: boolean (True: may be attended to) or added to the logits, broadcast to `(B, h, N, N)`; None for none.
         causal: whether a token sees only itself and those before it.
+        bias_key: `(B, h, more, d)`, further keys that are no tokens and that all may attend to; None for none.
     """
 
     query: Tensor
@@ -39,12 +40,14 @@ class AttentionCall:
     scaling: float
     mask: Tensor | None = None
     causal: bool = False
+    bias_key: Tensor | None = None
 
     def of_input(self, index: int) -> "AttentionCall":
         """The call for one input of the batch alone."""
         one = slice(index, index + 1)
         mask = self.mask[one] if self.mask is not None and len(self.mask) > 1 else self.mask
-        return AttentionCall(self.query[one], self.key[one], self.value[one], self.scaling, mask, self.causal)
+        bias = None if self.bias_key is None else self.bias_key[one]
+        return AttentionCall(self.query[one], self.key[one], self.value[one], self.scaling, mask, self.causal, bias)
 
     def values(self) -> Tensor:
         """Value vectors `(B, h, N, d)`, repeated for all heads that share them."""
@@ -65,8 +68,15 @@ class AttentionCall:
         return logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
 
     def probabilities(self, num_queries: int | None = None) -> Tensor:
-        """Softmax probabilities `(B, h, Q, N)`, float32, before dropout; 0 for a query that may attend to nothing."""
-        return self.logits(num_queries).softmax(dim=-1).nan_to_num(0.0)
+        """Softmax probabilities `(B, h, Q, N)`, float32, before dropout; 0 for a query that may attend to nothing.
+
+        What goes to keys that are no tokens is missing to a sum of 1.
+        """
+        logits = self.logits(num_queries)
+        if self.bias_key is not None:
+            more = (self.query[:, :, :num_queries] @ self.bias_key.transpose(2, 3)).float() * self.scaling
+            logits = torch.cat([logits, more], dim=-1)
+        return logits.softmax(dim=-1).nan_to_num(0.0)[..., : self.key.shape[2]]
 
 
 @dataclass(frozen=True)
@@ -166,7 +176,10 @@ def _attention_call(
 ) -> AttentionCall:
     """PyTorch's own arguments; the number of heads tells whether they are grouped, and dropout comes later."""
     scaling = query.shape[-1] ** -0.5 if scale is None else scale
-    return AttentionCall(query, key, value, scaling, attn_mask, is_causal)
+    tokens = query.shape[2]
+    bias = key[:, :, tokens:] if key.shape[2] > tokens else None  # attention_bias_kv of this family
+    mask = attn_mask if attn_mask is None or bias is None else attn_mask[..., :tokens]
+    return AttentionCall(query, key[:, :, :tokens], value[:, :, :tokens], scaling, mask, is_causal, bias)
 
 
 def _hook(stack: ExitStack, handle: Any) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vitreg_hf.cli.converting import add_converting
 from vitreg_hf.cli.measuring import add_measuring
+from vitreg_hf.cli.mending import add_mending
 from vitreg_hf.cli.publishing import add_publishing
 
 # Packages that commands need beside the core, and the extra that brings them
@@ -58,6 +59,6 @@ def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     top = argparse.ArgumentParser(prog="vitreg", description="Vision Transformers with registers")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_measuring, add_converting, add_publishing):
+    for add in (add_measuring, add_converting, add_mending, add_publishing):
         add(commands)
     return top

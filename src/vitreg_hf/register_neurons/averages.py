@@ -4,7 +4,6 @@
 Shapes: B images, h heads of d channels, D channels of the residual stream, L blocks.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +13,15 @@ from vitreg_hf.analysis.extract import read, subject_of
 from vitreg_hf.analysis.recorder import AttentionCall, Readers
 from vitreg_hf.model.modeling_vitreg import ViTRegPreTrainedModel
 from vitreg_hf.register_neurons.adding import add_attention_bias
-from vitreg_hf.register_neurons.finding import batches_of
+from vitreg_hf.register_neurons.finding import Images, batches_of
 
 
 def mean_patch(
-    model: ViTRegPreTrainedModel, images: str | Path | Tensor, processor: Any = None, *, num_images: int = 100
+    model: ViTRegPreTrainedModel,
+    images: Images,
+    processor: Any = None,
+    *,
+    num_images: int = 100,
 ) -> Tensor:
     """The average patch as the first block gets it, `(D,)`, for `add_registers`; arguments as in `mean_register`."""
     subject = subject_of(model, processor, device=str(model.device))
@@ -32,7 +35,11 @@ def mean_patch(
 
 
 def mean_register(
-    model: ViTRegPreTrainedModel, images: str | Path | Tensor, processor: Any = None, *, num_images: int = 1000
+    model: ViTRegPreTrainedModel,
+    images: Images,
+    processor: Any = None,
+    *,
+    num_images: int = 1000,
 ) -> tuple[Tensor, Tensor]:
     """Mean key and value of the first test-time register in every block, `(L, h, d)` each.
 
@@ -63,7 +70,11 @@ def mean_register(
 
 
 def bias_from_images(
-    model: ViTRegPreTrainedModel, images: str | Path | Tensor, processor: Any = None, *, num_images: int = 1000
+    model: ViTRegPreTrainedModel,
+    images: Images,
+    processor: Any = None,
+    *,
+    num_images: int = 1000,
 ) -> ViTRegPreTrainedModel:
     """The model with its test-time registers turned into a bias of attention: mean key and value of each head."""
     return add_attention_bias(model, *mean_register(model, images, processor, num_images=num_images))

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vitreg_hf.analysis.extract import Subject, read, subject_of
-from vitreg_hf.analysis.images import find_images, image_batches
+from vitreg_hf.analysis.images import ImageFiles, find_images, image_batches
 from vitreg_hf.analysis.outliers import OutlierRule
 from vitreg_hf.analysis.recorder import Readers
 from vitreg_hf.analysis.token_norms import cutoff, patch_norms
@@ -24,17 +24,19 @@ from vitreg_hf.model.modeling_vitreg import ViTRegPreTrainedModel
 from vitreg_hf.register_neurons.adding import add_test_time_registers
 from vitreg_hf.register_neurons.ranking import RegisterNeuron, RegisterNeurons, Trial
 
+Images = str | Path | ImageFiles | Tensor  # a folder, files of one, or pixel values (n, C, H, W)
 Batches = Callable[[], Iterator[Tensor]]
 
 COUNTS = (1, 2, 3, 5, 8, 12, 20, 30, 50, 80, 120, 200, 300)  # tried one after the other
 _RANKED = max(COUNTS)
 _VANISHED = 0.05  # outliers have vanished when this share of them is left
+_BEYOND = 2  # counts tried after that, to see whether there is a plateau
 _TRIED_ON = 64  # images
 
 
 def find_register_neurons(
     model: ViTRegPreTrainedModel,
-    images: str | Path | Tensor,
+    images: Images,
     processor: Any = None,
     *,
     rule: OutlierRule | None = None,
@@ -111,7 +113,11 @@ def find_register_neurons(
 
 
 def batches_of(
-    images: str | Path | Tensor, processor: Any, num_images: int, batch_size: int = 8, image_size: int | None = None
+    images: Images,
+    processor: Any,
+    num_images: int,
+    batch_size: int = 8,
+    image_size: int | None = None,
 ) -> Batches:
     """Batches `(B, C, H, W)` of a folder or of pixel values, as often as they are asked for.
 
@@ -127,7 +133,8 @@ def batches_of(
         return lambda: iter(pixels.split(batch_size))
     if processor is None:
         raise ValueError("Expected an image processor for a folder of images, got none")
-    files: Sequence[Path] = find_images(images).first(num_images).files
+    found = images if isinstance(images, ImageFiles) else find_images(images)
+    files: Sequence[Path] = found.first(num_images).files
     return lambda: image_batches(files, processor, batch_size, image_size)
 
 
@@ -200,20 +207,24 @@ def _tried(
             break
     pixels = torch.cat(kept)[:_TRIED_ON]
     size = len(kept[0])
-    before = _norms_and_pooled(model, pixels, size, found.state)
-    goal = _VANISHED * float((before[0] > found.threshold).float().mean())
-    trials: list[Trial] = []
+    norms, original = _norms_and_pooled(model, pixels, size, found.state)
+    trials = [_trial(0, norms, original, original, found.threshold)]
+    goal, beyond = _VANISHED * trials[0].outlier_share, _BEYOND
     for count in tqdm([c for c in COUNTS if c <= len(found.ranking)], desc="Trials", disable=not progress):
         mended = add_test_time_registers(model, found.first(count))
         norms, pooled = _norms_and_pooled(mended, pixels, size, found.state)
-        cosine = torch.cosine_similarity(pooled, before[1], dim=-1).mean()
-        share = float((norms > found.threshold).float().mean())
-        trials.append(Trial(count, share, float(norms.max()), float(cosine)))
-        if share <= goal:
+        trials.append(_trial(count, norms, pooled, original, found.threshold))
+        beyond -= any(trial.outlier_share <= goal for trial in trials[:-1])
+        if not beyond:
             break
-    best = min(trials, key=lambda trial: (trial.outlier_share, trial.count))
-    vanished = next((trial for trial in trials if trial.outlier_share <= goal), best)
+    best = min(trials[1:], key=lambda trial: (trial.outlier_share, trial.count))
+    vanished = next((trial for trial in trials[1:] if trial.outlier_share <= goal), best)
     return RegisterNeurons(**{**vars(found), "count": vanished.count, "trials": tuple(trials)})
+
+
+def _trial(count: int, norms: Tensor, pooled: Tensor, original: Tensor, threshold: float) -> Trial:
+    cosine = float(torch.cosine_similarity(pooled, original, dim=-1).mean())
+    return Trial(count, float((norms > threshold).float().mean()), float(norms.max()), cosine)
 
 
 @torch.inference_mode()

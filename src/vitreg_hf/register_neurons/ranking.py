@@ -61,7 +61,7 @@ class RegisterNeurons:
         outlier_share: share of patches above the threshold before anything is moved.
         images: how many images were read.
         reduction: what a register gets of a neuron (`register_neuron_reduction` of the config).
-        trials: what moving more and more of them does; empty if the count was given.
+        trials: what moving none, and more and more of them does; empty if the count was given.
     """
 
     ranking: tuple[RegisterNeuron, ...]
@@ -110,12 +110,16 @@ class RegisterNeurons:
         if not file.is_file() or file.stat().st_size > MOST_BYTES:
             raise ValueError(f"Expected a file of register neurons, got {file}")
         try:
-            saved = json.loads(file.read_text(encoding="utf-8"))
-            ranking = tuple(RegisterNeuron(**one) for one in saved.pop("ranking"))
-            trials = tuple(Trial(**one) for one in saved.pop("trials"))
-            return cls(ranking=ranking, trials=trials, **saved)
+            return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"Expected a file of register neurons, got {file}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> "RegisterNeurons":
+        """From what `to_dict` gives; raises TypeError or KeyError for anything else."""
+        ranking = tuple(RegisterNeuron(**one) for one in saved["ranking"])
+        trials = tuple(Trial(**one) for one in saved["trials"])
+        return cls(**{**saved, "ranking": ranking, "trials": trials})
 
     def __str__(self) -> str:
         lines = [
