@@ -265,7 +265,10 @@ def _draw(
     state = settings.rule.state(len(before.anatomy.blocks))
     drawn = files.first(settings.pictured)
     looked = [look_at(subject, drawn, settings.how, state) for subject in (before, after)]
-    attention = [one.prefix[:, :, 0].mean(dim=1) * (one.prefix.shape[2] + one.norms[0].numel()) for one in looked]
+    of_cls = [one.prefix[:, :, 0].mean(dim=1) for one in looked]
+    even = [1 / (one.prefix.shape[2] + one.norms[0].numel()) for one in looked]
+    attention = [own / share for own, share in zip(of_cls, even, strict=True)]
+    shares = [own.sum(dim=(1, 2)).tolist() for own in of_cls]
     has_cls = all(subject.layout.num_cls for subject in (before, after))
     before_after_figure(
         looked[0].seen,
@@ -274,21 +277,17 @@ def _draw(
         folder / "before_after.png",
         captions=[short(name) for name in looked[0].names],
         title=f"{before.name}, before and after {_done(neurons, settings)}",
+        on_patches=(shares[0], shares[1]),
     )
     if neurons is not None and neurons.trials:
         trials: Sequence[dict[str, Any]] = [asdict(trial) for trial in neurons.trials]
-        largest = max(float(one.norms.max()) for one in looked[:1])
-        start = {"outlier_share": neurons.outlier_share, "largest_norm": largest}
-        title = f"{before.name}: register neurons, {neurons.images} images"
-        trials_figure(trials, neurons.count, start, folder / "neurons.png", title=title)
+        title = f"{before.name}: what moving register neurons does, {neurons.images} images"
+        trials_figure(trials, neurons.count, folder / "neurons.png", title=title)
 
 
 def _done(neurons: RegisterNeurons | None, settings: MendSettings) -> str:
     if neurons is None:
         return f"adding {settings.num_registers} learned registers, not yet tuned"
-    how = (
-        "a bias of attention"
-        if settings.method == "attention-bias"
-        else f"{settings.num_registers} test-time register"
-    )
-    return f"moving {neurons.count} neurons to {how}"
+    registers = "test-time register" + "s" * (settings.num_registers > 1)
+    where = {"attention-bias": "a bias of attention", "test-time": f"{settings.num_registers} {registers}"}
+    return f"moving {neurons.count} neuron{'s' * (neurons.count > 1)} to {where[settings.method]}"
