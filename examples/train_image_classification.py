@@ -7,6 +7,7 @@
     accelerate launch examples/train_image_classification.py --train_shards 'tars/train-{000..146}.tar' \\
         --validation_shards tars/validation.tar --class_names_file classes.txt --max_steps 100000 ...
     accelerate launch examples/train_image_classification.py --init_from checkpoint --tuning linear ...
+    accelerate launch examples/train_image_classification.py --init_from checkpoint --tuning registers ...
 
 Without arguments it trains random weights on the handwritten digits that scikit-learn ships: about a minute on one CPU
 core, and about 98 % of the 360 test images are classified correctly. `examples/README.md` has the numbers, and the
@@ -37,6 +38,8 @@ from vitreg_hf.hub.card_checks import check_license
 from vitreg_hf.hub.cards import card_of, save_card
 from vitreg_hf.hub.publish import PublishError, check_access, publish
 from vitreg_hf.model.fingerprint import fingerprint
+from vitreg_hf.register_neurons.adding import add_registers
+from vitreg_hf.register_neurons.averages import mean_patch
 from vitreg_hf.training.augmentation import TrainingTransform, mixing
 from vitreg_hf.training.augmented_samples import augmented_samples
 from vitreg_hf.training.checkpointing import agreed_checkpoint, load_checkpoint, no_totals
@@ -56,6 +59,7 @@ from vitreg_hf.training.command_line import parse_settings
 from vitreg_hf.training.curve import should_stop
 from vitreg_hf.training.finetuning import train_mode
 from vitreg_hf.training.guards import LossGuard, TrainingDiverged
+from vitreg_hf.training.labelled_images import ImageClassificationData
 from vitreg_hf.training.launch import create_accelerator, describe_launch
 from vitreg_hf.training.lora import merge_lora
 from vitreg_hf.training.losses import classification_loss
@@ -93,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = agreed_checkpoint(accelerator, settings.resume_from_checkpoint, settings.checkpoint_folder)
 
     data = open_images(settings)
-    model = create_model(settings, data.class_names)
+    model = create_model(settings, data.class_names, lambda loaded: with_more_registers(loaded, settings, data))
     data, unreadable = checked(data, settings, accelerator, model.config.num_channels)
     if unreadable:
         accelerator.print(f"left out  {len(unreadable)} images that cannot be decoded (listed in results.json)")
@@ -234,6 +238,19 @@ def evaluate(run: Training) -> dict[str, float | int]:
 
 
 # What the loop is put together from
+
+
+def with_more_registers(
+    model: ViTRegForImageClassification, settings: ImageClassificationSettings, data: Images
+) -> ViTRegForImageClassification:
+    """The model with the registers that are to be added, which start as the mean patch of the first images."""
+    if not settings.add_registers:
+        return model
+    images = data.with_channels(model.config.num_channels) if isinstance(data, ImageClassificationData) else data
+    transform = training_transform(settings, create_processor(settings, model.config))
+    first = augmented_samples(images, settings, transform, images=64, passes=1)
+    average = mean_patch(model, torch.cat([sample.versions for sample in first]))
+    return add_registers(model, settings.add_registers, average, settings.seed)
 
 
 def create_training(

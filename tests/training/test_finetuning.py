@@ -16,8 +16,10 @@ from vitreg_hf import (
     ViTRegImageProcessor,
     ViTRegModel,
 )
+from vitreg_hf.training.batch_size import recompute_activations
 from vitreg_hf.training.finetuning import (
     freeze,
+    load_classifier,
     load_for_finetuning,
     processor_for,
     resized_positions,
@@ -229,6 +231,27 @@ class TestTuning:
         freeze(model, "full")
         assert all(parameter.requires_grad for parameter in model.parameters())
 
+    def test_registers_are_tuned_alone_or_with_the_last_blocks(self, classifier):
+        model, head = classifier[1], {"classifier.weight", "classifier.bias"}
+        freeze(model, "registers", head_is_new=False)
+        assert self.trained(model) == {"vitreg.embeddings.register_tokens"}
+        freeze(model, "registers")
+        assert self.trained(model) == {"vitreg.embeddings.register_tokens"} | head
+        freeze(model, "registers_partial", 1, head_is_new=False)
+        top = {"vitreg.layers.2", "vitreg.layernorm.weight", "vitreg.layernorm.bias"}
+        assert self.trained(model) == {"vitreg.embeddings.register_tokens"} | top | head
+
+    def test_registers_that_are_not_there_are_not_tuned(self):
+        model = ViTRegForImageClassification(small_config(num_register_tokens=0))
+        for tuning in ("registers", "registers_partial"):
+            with pytest.raises(ValueError, match="model with registers to tune them, got one without: add_registers"):
+                freeze(model, tuning, 1)
+
+    def test_a_head_is_new_for_other_classes_or_another_pooling(self, classifier):
+        assert not load_classifier(classifier[0], LETTERS).head_is_new
+        assert load_classifier(classifier[0], LETTERS[::-1]).head_is_new
+        assert load_classifier(classifier[0], LETTERS, pooling="mean").head_is_new
+
     @pytest.mark.parametrize("pooling", ["cls", "mean", "cls_mean"])
     def test_both_final_norms_are_tuned(self, pooling):
         model = ViTRegForImageClassification(small_config(separate_cls_norm=True, pooling=pooling))
@@ -238,14 +261,16 @@ class TestTuning:
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
     @pytest.mark.parametrize("layers", [0, 4])
-    def test_blocks_that_are_not_there_are_not_tuned(self, layers, classifier):
+    @pytest.mark.parametrize("tuning", ["partial", "registers_partial"])
+    def test_blocks_that_are_not_there_are_not_tuned(self, tuning, layers, classifier):
         with pytest.raises(ValueError, match="num_tuned_layers of 1 to 3"):
-            freeze(classifier[1], "partial", layers)
+            freeze(classifier[1], tuning, layers)
 
     def test_everything_that_is_tuned_gets_a_gradient(self, classifier):
         """DDP waits for the gradient of every parameter that wants one."""
         model, images = classifier[1], torch.randn(2, 3, 32, 32)
-        for tuning, layers in (("linear", 0), ("partial", 1), ("full", 0)):
+        ways = [("linear", 0), ("partial", 1), ("full", 0), ("registers", 0), ("registers_partial", 1)]
+        for tuning, layers in ways:
             model.zero_grad()
             freeze(model, tuning, layers)
             model(images, labels=torch.tensor([0, 1])).loss.backward()
@@ -268,3 +293,28 @@ class TestTuning:
             assert not torch.equal(first[3], second[3])
         train_mode(model, "full")
         assert all(module.training for module in model.modules())
+
+    @pytest.mark.parametrize(("tuning", "layers"), [("registers", 0), ("registers_partial", 1)])
+    def test_registers_learn_through_blocks_that_compute_as_in_evaluation(self, tuning, layers, classifier):
+        noise = {"drop_path_rate": 0.5, "hidden_dropout_prob": 0.5, "patch_dropout_rate": 0.5}
+        model, images = load_for_finetuning(classifier[0], LETTERS, **noise), torch.randn(4, 3, 32, 32)
+        freeze(model, tuning, layers)
+        train_mode(model, tuning)
+        first, second = (model(images, output_hidden_states=True).hidden_states for _ in range(2))
+        torch.testing.assert_close(first[2], second[2], rtol=0, atol=0)
+        assert torch.equal(first[3], second[3]) == (tuning == "registers")
+
+    def test_frozen_blocks_recompute_activations_where_gradients_pass(self, classifier):
+        model, images = load_for_finetuning(classifier[0], LETTERS), torch.randn(2, 3, 32, 32)
+        freeze(model, "registers")
+        passes, gradients = [], []
+        model.vitreg.layers[0].norm1.register_forward_hook(lambda *_: passes.append(1))
+        for recompute in (False, True):
+            if recompute:
+                recompute_activations(model)
+            train_mode(model, "registers")
+            model.zero_grad()
+            model(images, labels=torch.tensor([0, 1])).loss.backward()
+            gradients.append(model.vitreg.embeddings.register_tokens.grad.clone())
+        assert len(passes) == 1 + 2
+        torch.testing.assert_close(*gradients)

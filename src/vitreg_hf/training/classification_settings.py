@@ -36,8 +36,8 @@ DATA_SETTINGS = (
     *("check_images", "max_skipped_share"),
 )
 TUNING_SETTINGS = (
-    *("init_from", "tuning", "num_tuned_layers", "lora_rank", "lora_alpha", "lora_dropout", "lora_mlp"),
-    "lora_registers",
+    *("init_from", "tuning", "num_tuned_layers", "add_registers"),
+    *("lora_rank", "lora_alpha", "lora_dropout", "lora_mlp", "lora_registers"),
 )
 
 
@@ -154,8 +154,11 @@ class ImageClassificationSettings(StreamSettings, TrainingSettings):
     patch_dropout_rate: float = option(0.0, "share of patches that are left out in training; CLS and registers stay")
 
     # Fine-tuning
-    tuning: Literal["full", "partial", "linear", "lora"] = option("full", "what is trained")
-    num_tuned_layers: int = option(2, "last blocks that partial tuning trains, with norm and head")
+    tuning: Literal["full", "partial", "linear", "registers", "registers_partial", "lora"] = option(
+        "full", "what is trained"
+    )
+    num_tuned_layers: int = option(2, "last blocks that the partial tunings train, with norm and head")
+    add_registers: int = option(0, "new registers, beside those of the checkpoint, that start as its mean patch")
     lora_rank: int = option(8, "rank of LoRA's matrices")
     lora_alpha: float = option(16.0, "LoRA's scale is this number divided by the rank")
     lora_dropout: float = option(0.0, "dropout before LoRA's matrices")
@@ -248,6 +251,10 @@ class ImageClassificationSettings(StreamSettings, TrainingSettings):
         )
 
     def _check_model(self) -> None:
+        added = self.add_registers
+        expect(added == 0 or self.init_from is not None, "init_from with add_registers", "none: num_register_tokens")
+        learning = self.lora_registers if self.tuning == "lora" else self.tuning not in ("linear", "partial")
+        expect(added == 0 or learning, "a tuning that trains registers with add_registers", self.tuning)
         if self.init_from is None:
             expect(
                 self.tuning == "full", "init_from with a tuning other than full", f"{self.tuning} of random weights"
@@ -266,7 +273,7 @@ class ImageClassificationSettings(StreamSettings, TrainingSettings):
         self.expect_at_least(1, "repeated_augmentation")
         copies = self.repeated_augmentation
         expect(copies == 1 or not self.is_stream, "repeated_augmentation of 1 with a stream", copies)
-        self.expect_at_least(0, "mixup_alpha", "cutmix_alpha", "color_jitter")
+        self.expect_at_least(0, "mixup_alpha", "cutmix_alpha", "color_jitter", "add_registers")
         self.expect_share("label_smoothing_factor", "drop_path_rate", "patch_dropout_rate", "lora_dropout")
         expect(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay in (0, 1)", self.ema_decay)
         expect(0 < self.eval_crop_ratio <= 1, "eval_crop_ratio in (0, 1]", self.eval_crop_ratio)

@@ -17,12 +17,13 @@ from vitreg_hf.model.modeling_vitreg import ViTRegForImageClassification
 from vitreg_hf.training.augmentation import Mixing, model_size
 from vitreg_hf.training.batch_size import find_batch_size, recompute_activations, training_probe
 from vitreg_hf.training.classification_settings import ImageClassificationSettings
-from vitreg_hf.training.finetuning import check_family, freeze, load_for_finetuning, processor_for, train_mode
+from vitreg_hf.training.finetuning import check_family, freeze, load_classifier, processor_for, train_mode
 from vitreg_hf.training.lora import add_lora
 from vitreg_hf.training.losses import Loss
 from vitreg_hf.training.seeding import seed_weights
 
 Loaded = TypeVar("Loaded")
+Change = Callable[[ViTRegForImageClassification], ViTRegForImageClassification]
 
 
 def check_model(settings: ImageClassificationSettings) -> None:
@@ -37,8 +38,15 @@ def check_model(settings: ImageClassificationSettings) -> None:
         _from_checkpoint(settings.init_from, lambda: check_family(str(settings.init_from)))
 
 
-def create_model(settings: ImageClassificationSettings, class_names: Sequence[str]) -> ViTRegForImageClassification:
+def create_model(
+    settings: ImageClassificationSettings, class_names: Sequence[str], change: Change | None = None
+) -> ViTRegForImageClassification:
     """The model with random weights, or with those of a checkpoint and what is not to be trained frozen.
+
+    Args:
+        settings: of the training.
+        class_names: name of each class, by index.
+        change: makes another model of a checkpoint's before anything of it is frozen, such as one with more registers.
 
     Raises:
         ValueError: if the checkpoint cannot be loaded, or does not fit the settings.
@@ -50,7 +58,7 @@ def create_model(settings: ImageClassificationSettings, class_names: Sequence[st
         config.label2id = {name: index for index, name in enumerate(class_names)}
         model = ViTRegForImageClassification(config)
     else:
-        model = _loaded(settings, settings.init_from, class_names)
+        model = _loaded(settings, settings.init_from, class_names, change)
         settings.check_colours(model.config.num_channels)
     if settings.gradient_checkpointing:
         recompute_activations(model)
@@ -68,18 +76,20 @@ def create_processor(settings: ImageClassificationSettings, config: ViTRegConfig
 
 
 def _loaded(
-    settings: ImageClassificationSettings, source: str, class_names: Sequence[str]
+    settings: ImageClassificationSettings, source: str, class_names: Sequence[str], change: Change | None
 ) -> ViTRegForImageClassification:
     changes = settings.model_changes()
-    model = _from_checkpoint(
+    model, head_is_new = _from_checkpoint(
         source,
-        lambda: load_for_finetuning(source, class_names, settings.image_size, settings.num_channels, **changes),
+        lambda: load_classifier(source, class_names, settings.image_size, settings.num_channels, **changes),
     )
+    if change is not None:
+        model = change(model)
     if settings.tuning == "lora":
         numbers = settings.lora_rank, settings.lora_alpha, settings.lora_dropout
         add_lora(model, *numbers, mlp=settings.lora_mlp, registers=settings.lora_registers)
     else:
-        freeze(model, settings.tuning, settings.num_tuned_layers)
+        freeze(model, settings.tuning, settings.num_tuned_layers, head_is_new)
     return model
 
 

@@ -9,7 +9,7 @@ Shapes: C channels, D channels of the residual stream.
 
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -31,7 +31,16 @@ _POSITIONS = "vitreg.embeddings.position_embeddings"
 _RGB = range(3)  # channels of a processor that says nothing else
 _PROJECTION = "vitreg.embeddings.patch_embeddings.projection.weight"
 
+Tuning = Literal["full", "partial", "linear", "registers", "registers_partial"]
+
 # Loading
+
+
+class Classifier(NamedTuple):
+    """A classifier, and whether its head is a random one, for other classes or another pooling than before."""
+
+    model: ViTRegForImageClassification
+    head_is_new: bool
 
 
 def load_for_finetuning(
@@ -41,6 +50,17 @@ def load_for_finetuning(
     num_channels: int | None = None,
     **changes: Any,
 ) -> ViTRegForImageClassification:
+    """The model of `load_classifier`, with the same arguments and errors."""
+    return load_classifier(source, class_names, image_size, num_channels, **changes).model
+
+
+def load_classifier(
+    source: Source,
+    class_names: Sequence[str],
+    image_size: int | None = None,
+    num_channels: int | None = None,
+    **changes: Any,
+) -> Classifier:
     """A classifier for given classes in float32, with the weights of a checkpoint.
 
     The head is that of the checkpoint if this classifies the same classes in the same order from the same pooling;
@@ -74,7 +94,7 @@ def load_for_finetuning(
         head = {name: weight for name, weight in model.state_dict().items() if name.startswith("classifier.")}
         weights = {name: weight for name, weight in weights.items() if not name.startswith("classifier.")} | head
     model.load_state_dict(weights)
-    return model
+    return Classifier(model, not kept)
 
 
 def check_family(source: Source) -> None:
@@ -237,26 +257,36 @@ def _saved_processor(source: Source) -> ViTRegImageProcessor | None:
 
 
 def freeze(
-    model: ViTRegForImageClassification, tuning: Literal["full", "partial", "linear"], num_tuned_layers: int = 0
+    model: ViTRegForImageClassification, tuning: Tuning, num_tuned_layers: int = 0, head_is_new: bool = True
 ) -> None:
     """Leave gradients to what is tuned; to be called before a model is prepared for several processes.
 
     Args:
         model: not wrapped.
-        tuning: `full`; `linear`, the head alone; or `partial`, the last blocks, the final norm and the head.
-        num_tuned_layers: how many of the last blocks `partial` tunes.
+        tuning: `full`; `linear`, the head alone; `partial`, the last blocks, the final norm and the head;
+            `registers`, the registers alone, and a head that is new; `registers_partial`, registers and what `partial`
+            tunes.
+        num_tuned_layers: how many of the last blocks the partial ones tune.
+        head_is_new: whether `registers` needs to tune the head, too.
 
     Raises:
-        ValueError: if the model has fewer blocks, or for another tuning.
+        ValueError: if the model has fewer blocks, or no registers where they are tuned; for another tuning.
     """
     backbone, count = model.vitreg, len(model.vitreg.layers)
-    if tuning == "partial" and not 1 <= num_tuned_layers <= count:
+    if tuning.endswith("partial") and not 1 <= num_tuned_layers <= count:
         raise ValueError(f"Expected num_tuned_layers of 1 to {count}, the blocks of the model, got {num_tuned_layers}")
+    registers = backbone.embeddings.register_tokens
+    if tuning.startswith("registers") and registers is None:
+        raise ValueError("Expected a model with registers to tune them, got one without: add_registers adds some")
+    tokens = [] if registers is None else [registers]
     norms = [norm for norm in (backbone.layernorm, backbone.cls_norm) if norm is not None]
-    tuned: dict[str, list[torch.nn.Module]] = {
+    last_blocks = list(backbone.layers)[count - num_tuned_layers :]
+    tuned: dict[str, list[torch.nn.Module | torch.nn.Parameter]] = {
         "full": [model],
-        "partial": [*list(backbone.layers)[count - num_tuned_layers :], *norms, model.classifier],
+        "partial": [*last_blocks, *norms, model.classifier],
         "linear": [model.classifier],
+        "registers": [*tokens, *([model.classifier] if head_is_new else [])],
+        "registers_partial": [*tokens, *last_blocks, *norms, model.classifier],
     }
     if tuning not in tuned:
         raise ValueError(f"Expected tuning of {', '.join(tuned)}, got {tuning!r}")
@@ -268,15 +298,30 @@ def freeze(
 def train_mode(model: ViTRegForImageClassification, tuning: str) -> None:
     """Training mode, in place of `model.train()`.
 
-    With `linear` and `partial` tuning, frozen embeddings and blocks compute as in evaluation: dropout, drop path and
-    patch dropout there would only add noise to features that cannot adapt to it. LayerNorm is the same in both modes.
+    But for `full` and `lora`, embeddings and frozen blocks compute as in evaluation: dropout, drop path and patch
+    dropout there would only add noise to features that cannot adapt to it. LayerNorm is the same in both modes.
+    Registers are the only part of the embeddings that may be tuned then: patches stay as they are.
 
     Args:
         model: not wrapped.
         tuning: as of `freeze`, or `lora`.
     """
     model.train()
-    if tuning in ("linear", "partial"):
-        for part in (model.vitreg.embeddings, *model.vitreg.layers):
-            if not any(parameter.requires_grad for parameter in part.parameters()):
-                part.eval()
+    if tuning in ("full", "lora"):
+        return
+    model.vitreg.embeddings.eval()
+    for layer in model.vitreg.layers:
+        if any(parameter.requires_grad for parameter in layer.parameters()):
+            continue
+        layer.eval()
+        if tuning.startswith("registers"):
+            recompute_in_evaluation(layer)
+
+
+def recompute_in_evaluation(block: torch.nn.Module) -> None:
+    """Let a block in evaluation mode recompute activations, if it was told to do so in training.
+
+    Gradients of registers pass all blocks, frozen ones too. The block's own mode says this and nothing else: what is
+    random in training are parts of it.
+    """
+    block.training = True

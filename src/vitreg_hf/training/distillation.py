@@ -1,0 +1,48 @@
+# Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
+"""Parts of a distillation of dense features into a model with new registers: what learns, and from which loss.
+
+Reference: Yan & Chen, Vision Transformers with Self-Distilled Registers (arXiv 2505.21501).
+
+Shapes: B images, a grid of rows x columns patches, D channels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitreg_hf.model.modeling_vitreg import ViTRegModel
+
+
+def feature_distances(features: Tensor, targets: Tensor) -> Tensor:
+    """How far features are from targets in every image, `(B, 2)`: their sum is what is minimised.
+
+    Args:
+        features, targets: of patches, `(B, D, rows, columns)`.
+
+    Returns:
+        1 - cosine, mean over patches; squared error, mean over patches and channels.
+    """
+    features, targets = features.float(), targets.float()
+    cosine = F.cosine_similarity(features, targets, dim=1).mean(dim=(1, 2))
+    return torch.stack([1 - cosine, (features - targets).square().mean(dim=(1, 2, 3))], dim=1)
+
+
+def unfreeze(student: ViTRegModel, num_tuned_layers: int) -> None:
+    """Leave gradients to registers, the position table, the projection of patches, and the last blocks, as the paper.
+
+    Args:
+        student: not wrapped.
+        num_tuned_layers: how many of the last blocks learn.
+
+    Raises:
+        ValueError: if the model has fewer blocks.
+    """
+    embeddings, count = student.embeddings, len(student.layers)
+    if not 0 <= num_tuned_layers <= count:
+        raise ValueError(f"Expected num_tuned_layers of 0 to {count}, the blocks of the model, got {num_tuned_layers}")
+    student.requires_grad_(False)
+    for table in (embeddings.register_tokens, embeddings.position_embeddings):
+        if table is not None:
+            table.requires_grad_(True)
+    for part in (embeddings.patch_embeddings, *list(student.layers)[count - num_tuned_layers :]):
+        part.requires_grad_(True)
