@@ -212,9 +212,9 @@ def _folder(folder: Path, name: str) -> Source:
 
 def _tensors_in(folder: Path) -> dict[str, StoredTensor]:
     if (folder / ".metadata").is_file():
-        from vitreg_hf.conversion.training_shards import read_shards
+        from vitreg_hf.conversion.training_shards import stored_shards
 
-        return {key: stored(tensor) for key, tensor in read_shards(folder).items()}
+        return stored_shards(folder)
     for index in _INDICES:
         if (content := read_json(folder / index)) is not None:
             return _indexed(folder, index, content)
