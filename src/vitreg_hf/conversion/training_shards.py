@@ -78,7 +78,7 @@ def stored_shards(folder: Path) -> dict[str, StoredTensor]:
     except (AttributeError, TypeError) as error:
         raise ValueError(f"Expected a table of contents of shards in {folder}, got a damaged one: {error}") from error
     return {
-        name: StoredTensor(tuple(about.size), about.properties.dtype, partial(_read, folder, contents, name))
+        name: StoredTensor(tuple(about.size), about.properties.dtype, partial(_read, folder, contents, name, about))
         for name, about in tensors.items()
     }
 
@@ -102,8 +102,7 @@ def _check_parts(folder: Path, name: str, about: TensorStorageMetadata, places: 
         raise ValueError(f"Expected all parts of {name!r} in {folder}, got {held} of {math.prod(about.size)} values")
 
 
-def _read(folder: Path, contents: Metadata, name: str) -> Tensor:
-    about = contents.state_dict_metadata[name]
+def _read(folder: Path, contents: Metadata, name: str, about: TensorStorageMetadata) -> Tensor:
     tensor = torch.empty(about.size, dtype=about.properties.dtype)
     try:
         with warnings.catch_warnings():
