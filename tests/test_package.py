@@ -16,6 +16,14 @@ PUBLIC = [
     "ViTRegImageProcessor",
     "ViTRegImageProcessorPil",
     "ViTRegModel",
+    "RegisterNeurons",
+    "add_registers",
+    "add_test_time_registers",
+    "bias_from_images",
+    "convert_checkpoint",
+    "export_checkpoint",
+    "find_register_neurons",
+    "mean_patch",
 ]
 
 
@@ -44,6 +52,17 @@ print(json.dumps(sorted(new)))
 """
     slow = {"datasets", "evaluate", "matplotlib", "accelerate", "sklearn", "timm", "pandas"}
     assert not slow & set(run_python(code))
+
+
+def test_extras_are_not_needed_to_import_it():
+    code = """
+import json, sys
+
+sys.modules.update(dict.fromkeys(["scipy", "matplotlib", "diptest", "timm", "peft", "sklearn"]))  # as if not there
+import vitreg_hf
+print(json.dumps(len(dir(vitreg_hf))))
+"""
+    assert run_python(code) > len(PUBLIC)
 
 
 def test_torchvision_is_not_needed():

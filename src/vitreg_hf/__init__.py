@@ -19,6 +19,13 @@ from vitreg_hf.model.modeling_vitreg import (
     ViTRegPreTrainedModel as ViTRegPreTrainedModel,
 )
 from vitreg_hf.pipelines.registry import register_pipelines
+from vitreg_hf.register_neurons.adding import (
+    add_registers as add_registers,
+    add_test_time_registers as add_test_time_registers,
+)
+from vitreg_hf.register_neurons.averages import bias_from_images as bias_from_images, mean_patch as mean_patch
+from vitreg_hf.register_neurons.finding import find_register_neurons as find_register_neurons
+from vitreg_hf.register_neurons.ranking import RegisterNeurons as RegisterNeurons
 from vitreg_hf.registration import register
 from vitreg_hf.version import __version__ as __version__
 
