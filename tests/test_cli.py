@@ -32,7 +32,17 @@ OPTIONS = {
     "ablate": {"model", "images", "--tokens", "--modes"} | PASS | RULE,
     "sinks": {"model", "--overwrite", "--texts", "--batch-size", "--max-length"},
     "dataset": {"name", "--paper", "--config", "--split", "--image-column", "--label-column", "--at-most"},
-    "convert": {"source", "out", "--layout", "--revision", "--head", "--architecture", "--heads", "--keep-mask-token"}
+    "convert": {
+        "source",
+        "out",
+        "--layout",
+        "--revision",
+        "--head",
+        "--architecture",
+        "--heads",
+        "--eps",
+        "--keep-mask-token",
+    }
     | {"--dtype", "--verify", "--to", "--overwrite"},
     "card": {"folder", "--model-id", "--license", "--overwrite"},
     "push": {"folder", "repo_id", "--private", "--revision", "--create-pr", "--tag", "--with-code", "--license"}

@@ -15,7 +15,8 @@ from timm.models import get_pretrained_cfg, list_models
 
 from vitreg_hf.cli import parser
 from vitreg_hf.conversion.layouts import LAYOUTS
-from vitreg_hf.conversion.timm_models import Refused, empty_timm_model, fields_of
+from vitreg_hf.conversion.timm_fields import Refused, fields_of
+from vitreg_hf.conversion.timm_models import empty_timm_model
 
 PAGE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "checkpoints.md"
 TEXT = PAGE.read_text(encoding="utf-8")

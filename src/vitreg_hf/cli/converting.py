@@ -23,6 +23,7 @@ def add_converting(commands: Any) -> None:
     convert.add_argument(
         "--heads", type=int, help="attention heads, where the source does not say (default: width / 64)"
     )
+    convert.add_argument("--eps", type=float, help="epsilon of all norms, where a .pth differs from its layout")
     convert.add_argument("--keep-mask-token", action="store_true", help="for self-supervision, which masks patches")
     convert.add_argument("--dtype", choices=_DTYPES, help="type of the weights (default: that of the source)")
     convert.add_argument(
@@ -56,6 +57,7 @@ def _from_source(options: argparse.Namespace) -> None:
         head=options.head,
         architecture=options.architecture,
         num_attention_heads=options.heads,
+        layer_norm_eps=options.eps,
         use_mask_token=options.keep_mask_token,
         dtype=None if options.dtype is None else getattr(torch, options.dtype),
     )
@@ -77,8 +79,10 @@ def _verified(conversion: Any, images: Path) -> dict[str, Any]:
 def _to_source(options: argparse.Namespace) -> None:
     from vitreg_hf.conversion.back import export_checkpoint
 
-    reading_alone = {"--head": options.head, "--verify": options.verify, "--layout": options.layout}
-    reading_alone |= {"--heads": options.heads, "--keep-mask-token": options.keep_mask_token, "--dtype": options.dtype}
+    reading_alone = {
+        **{"--head": options.head, "--verify": options.verify, "--layout": options.layout, "--eps": options.eps},
+        **{"--heads": options.heads, "--keep-mask-token": options.keep_mask_token, "--dtype": options.dtype},
+    }
     if told := [name for name, value in reading_alone.items() if value]:
         raise ValueError(f"Expected options that --to reads, got {', '.join(told)}")
     written = export_checkpoint(

@@ -138,7 +138,7 @@ def _write(folder: Path, writing: Writing, tensors: Iterator[tuple[str, Tensor]]
 
 def _check_again(folder: Path, layout: str, own: _Own, facts: Mapping[str, Any], writing: Writing) -> None:
     """Refuse what would be read as another model than was written."""
-    told = Told(facts.get("architecture"), own.config.num_attention_heads, own.config.use_mask_token)
+    told = Told(facts.get("architecture"), own.config.num_attention_heads, use_mask_token=own.config.use_mask_token)
     place = folder / writing.weights if writing.weights.endswith(".pth") else folder
     heads = [folder / name for name in writing.apart.values() if (folder / name).is_file()]
     again = plan_conversion(place, layout, head=heads[0] if heads else None, told=told).config

@@ -74,6 +74,7 @@ def convert_checkpoint(
     head: str | os.PathLike[str] | None = None,
     architecture: str | None = None,
     num_attention_heads: int | None = None,
+    layer_norm_eps: float | None = None,
     use_mask_token: bool = False,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
@@ -88,6 +89,7 @@ def convert_checkpoint(
         revision: branch, tag or commit of the repository.
         head: file of a linear classifier that goes with a backbone of DINOv2 or DINOv3.
         architecture: name of a model of timm, where the checkpoint does not say it.
+        layer_norm_eps: where the checkpoint does not say it; left out, that of its layout.
         num_attention_heads: where the checkpoint does not say it; left out, one per 64 channels.
         use_mask_token: keep the token that stands for masked patches in self-supervision.
         dtype: type of the weights; left out, that of the source.
@@ -110,7 +112,7 @@ def convert_checkpoint(
     ```"""
     if output is not None:
         check_new(Path(output), overwrite)
-    told = Told(architecture, num_attention_heads, use_mask_token)
+    told = Told(architecture, num_attention_heads, layer_norm_eps, use_mask_token)
     conversion = plan_conversion(source, layout, revision, head, told)
     if dtype is not None:
         conversion.config.dtype = dtype
@@ -133,6 +135,9 @@ def plan_conversion(
     told = told or Told()
     known, why = _layout_of(opened, layout, told)
     reading = known.read(opened, told)
+    if told.layer_norm_eps is not None:
+        reading.config.layer_norm_eps = told.layer_norm_eps
+        reading.config.check_values()
     rows = rows_of(reading.table, own_shapes(reading.config, reading.has_head), reading.rules)
     dropped = _check(opened, reading, rows)
     if reading.config.dtype is None:

@@ -12,13 +12,8 @@ from vitreg_hf.conversion.processors import from_timm, open_clip_settings
 from vitreg_hf.conversion.reference_names import BLOCKS, GATE_AND_VALUE, MLP, QKV
 from vitreg_hf.conversion.rules import HalvesOfPairs, LinearPatches, Reshaped, Rule, Table
 from vitreg_hf.conversion.stored import Source
-from vitreg_hf.conversion.timm_models import (
-    CHANNELS_PER_HEAD,
-    OLD_SCALE,
-    empty_timm_model,
-    fields_of,
-    fitting_model,
-)
+from vitreg_hf.conversion.timm_fields import fields_of
+from vitreg_hf.conversion.timm_models import CHANNELS_PER_HEAD, OLD_SCALE, empty_timm_model, fitting_model
 from vitreg_hf.model.configuration_vitreg import ViTRegConfig
 
 _TRUNK = "visual.trunk."  # of OpenCLIP, around a tower of timm
@@ -62,8 +57,8 @@ class TimmLayout:
             )
         prefix = _TRUNK if any(name.startswith(_TRUNK) for name in source.tensors) else ""
         weights = _bare(source, prefix)
-        stated = _arguments(saved, source, told, prefix)
-        model, arguments = fitting_model(architecture, stated, weights)
+        stated = _arguments(saved, source, prefix)
+        model, arguments = fitting_model(architecture, stated, weights, told.num_attention_heads)
         _set_pooling(model, source)
         settings = {**model.pretrained_cfg, **(saved.get("pretrained_cfg") or {})}
         fields, has_head = fields_of(model), isinstance(model.head, nn.Linear)
@@ -79,7 +74,7 @@ class TimmLayout:
             dropped=_DROPPED,
             processor=options,
             facts={"architecture": architecture, "arguments": arguments, "settings": _plain(settings)},
-            notes=(*notes, *_guessed(stated, arguments)),
+            notes=(*notes, *_guessed(told, stated, arguments)),
         )
 
     def write(self, config: ViTRegConfig, has_head: bool, facts: Mapping[str, Any], processor: dict) -> Writing:
@@ -117,8 +112,8 @@ def _bare(source: Source, prefix: str) -> Source:
     return source.changed(tensors, f"the tower is what stands under {prefix!r}")
 
 
-def _guessed(stated: Mapping[str, Any], arguments: Mapping[str, Any]) -> list[str]:
-    if "num_heads" not in arguments or "num_heads" in stated:
+def _guessed(told: Told, stated: Mapping[str, Any], arguments: Mapping[str, Any]) -> list[str]:
+    if told.num_attention_heads is not None or "num_heads" not in arguments or "num_heads" in stated:
         return []
     return [f"nothing says how many heads there are: {arguments['num_heads']}, of {CHANNELS_PER_HEAD} channels each"]
 
@@ -130,13 +125,11 @@ def _set_pooling(model: Any, source: Source) -> None:
         model.reset_classifier(0, pooling)
 
 
-def _arguments(saved: Mapping[str, Any], source: Source, told: Told, prefix: str) -> dict[str, Any]:
+def _arguments(saved: Mapping[str, Any], source: Source, prefix: str) -> dict[str, Any]:
     arguments = dict(saved.get("model_args") or {})
     arguments |= {name: saved[name] for name in _ARGUMENTS if name in saved}
     if f"{prefix}head.weight" not in source.tensors:
         arguments["num_classes"] = 0
-    if told.num_attention_heads is not None:
-        arguments["num_heads"] = told.num_attention_heads
     return arguments
 
 

@@ -23,11 +23,13 @@ class Told:
     Attributes:
         architecture: name of a model of timm.
         num_attention_heads: heads per block; left out, one per 64 channels where nothing says so.
+        layer_norm_eps: epsilon of all norms; left out, that of the layout where the checkpoint does not say it.
         use_mask_token: keep the token that stands for masked patches, for training on as DINOv2 does.
     """
 
     architecture: str | None = None
     num_attention_heads: int | None = None
+    layer_norm_eps: float | None = None
     use_mask_token: bool = False
 
 

@@ -249,7 +249,7 @@ def _fetched(repository: str, revision: str | None) -> Path:
     files = HfApi().list_repo_files(repository, revision=revision)
     wanted = [name for name in files if name in (*CONFIGS, *PROCESSORS)]
     for chosen in (_INDICES[:1], _SINGLE_FILES[:2], _INDICES[1:], _SINGLE_FILES[2:]):
-        if found := [name for name in files if name in chosen]:
+        if found := [name for name in chosen if name in files]:
             wanted += found[:1]
             break
     if any(name.endswith(_INDICES[0]) for name in wanted):
