@@ -106,12 +106,12 @@ class ViTRegConfig(BackboneConfigMixin, CheckedArguments):
         register_neurons (`list` of `[layer, neuron]`, *optional*): neurons of the MLP whose activations are moved onto
             the test-time registers, in turn; without such registers they are set to 0.
         test_time_register_init (`str`, defaults to `"zero"`): what these tokens hold at first: `"zero"`, the `"mean"`
-            of the image's patches, or a fixed `"random"` vector of their standard deviation.
+            of the image's patches, or fixed `"random"` numbers with their root mean square.
         test_time_register_cls (`str`, defaults to `"zero"`): whether register neurons are 0 on CLS too (the paper), or
             CLS is left to `"keep"` them (the authors' code).
         register_neuron_reduction (`str`, defaults to `"max"`): what a register gets: of each neuron the
             `"max"` over other tokens, or the value of `"largest"` magnitude (for SwiGLU, where it may be negative); or
-            the largest of all register neurons of the `"layer"`.
+            the largest of all register neurons of the `"layer"` on all tokens (the authors' code).
         attention_bias_kv (`bool`, defaults to `False`): one more key and value per head and block that every token may
             attend to (Sun et al., arXiv 2402.17762), `bias_k` and `bias_v`.
 
