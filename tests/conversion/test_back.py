@@ -9,6 +9,8 @@ import timm
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
+from timm.layers import SwiGLUPacked
+from torch import nn
 
 from vitreg_hf import ViTRegConfig, ViTRegForImageClassification, ViTRegForSemanticSegmentation, ViTRegModel
 from vitreg_hf.conversion.back import export_checkpoint
@@ -191,6 +193,22 @@ def test_a_model_of_timm_comes_back_to_its_own_class_bit_by_bit(name, num_classe
     assert [key for key in theirs if not torch.equal(theirs[key], weights[key])] == []
     patch = 14 if "patch14" in name else 16
     pixels = torch.randn(1, 3, 6 * patch, 4 * patch)
+    with torch.no_grad():
+        assert_says_the_same(model(pixels), again(pixels))
+
+
+def test_what_timm_s_users_give_by_hand_is_left_to_them(filled, tmp_path, save_source, through):
+    """Virchow2: timm takes the class of the MLP as a class, which no file can hold."""
+    by_hand = {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
+    stated = {"embed_dim": 64, "depth": 2, "num_heads": 4, "img_size": 56, "init_values": 1e-5, "reg_tokens": 4}
+    model = filled(made("vit_huge_patch14_224", {**stated, **by_hand, "mlp_ratio": 5.34375}, 0))
+    config = {"architecture": "vit_huge_patch14_224", "model_args": stated, "num_classes": 0, "global_pool": "token"}
+    folder = through(save_source(model, config))
+    arguments = json.loads((folder / "config.json").read_text())["model_args"]
+    assert "mlp_layer" not in arguments
+    again = made("vit_huge_patch14_224", {**arguments, **by_hand}, 0).eval()
+    again.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    pixels = torch.randn(1, 3, 84, 56)
     with torch.no_grad():
         assert_says_the_same(model(pixels), again(pixels))
 

@@ -27,6 +27,8 @@ _NAFLEX: Table = {
 }
 # What a model of timm is asked for that its weights do not tell
 _ARGUMENTS = ("num_classes", "global_pool")
+# What timm takes as a class alone, so that its users give it by hand and no file can hold it; shapes tell it
+_CLASSES = ("mlp_layer",)
 _DROPPED = {
     r"^mask_token$": "stands for masked patches in training alone",
     r"^(?!visual\.trunk\.)(text|visual\.head|logit_|transformer\.|positional_|token_|ln_final)": (
@@ -87,7 +89,7 @@ class TimmLayout:
             "num_classes": model.num_classes,
             "num_features": model.num_features,
             "global_pool": model.global_pool,
-            "model_args": {name: value for name, value in arguments.items() if name not in _ARGUMENTS},
+            "model_args": {name: value for name, value in arguments.items() if name not in (*_ARGUMENTS, *_CLASSES)},
             "pretrained_cfg": facts.get("settings", {}),
         }
         fields = fields_of(model)
