@@ -13,6 +13,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import pipeline
 
+from vitreg_hf import ViTRegConfig, ViTRegForImageClassification
+from vitreg_hf.register_neurons.adding import add_registers
+
 from .outcome import CLASSIFY, NEWEST
 
 PATTERNS = ("across", "dots", "upright")
@@ -74,6 +77,8 @@ WAYS = {
     "partial": ["--num_tuned_layers", "1"],
     "full": ["--layer_decay", "0.7", "--decay_tokens", "true"],
     "lora": ["--lora_rank", "4", "--lora_alpha", "8", "--lora_registers", "true"],
+    "registers": ["--add_registers", "2", "--learning_rate", "3e-2"],
+    "registers_partial": ["--num_tuned_layers", "1"],
 }
 
 
@@ -104,6 +109,10 @@ def test_only_what_is_tuned_has_changed(tuned, digits):
     assert {name.rpartition("layers.")[2][0] for name in changed(digits, tuned["partial"][1])} == {"2", "l"}
     of_lora = {name.rpartition(".attention.")[2] for name in changed(digits, tuned["lora"][1])}
     assert of_lora == {"embeddings.register_tokens", *(f"{part}_proj.weight" for part in "qkvo")}
+    assert changed(digits, tuned["registers"][1]) == {"embeddings.register_tokens"}
+    tokens, *others = sorted(changed(digits, tuned["registers_partial"][1]))
+    assert tokens == "embeddings.register_tokens"
+    assert {name.rpartition("layers.")[2][0] for name in others} == {"2", "l"}
     everything = changed(digits, tuned["full"][1])
     assert {"embeddings.cls_token", "embeddings.register_tokens", "layers.0.mlp.up_proj.weight"} < everything
 
@@ -128,18 +137,38 @@ def test_grey_images_of_one_channel(trainer, digits, photos, tmp_path):
     assert after["metrics"]["accuracy"] == pytest.approx(before["metrics"]["accuracy"], abs=0.02)
 
 
-def test_lora_is_continued_bit_by_bit(trainer, digits, photos, tuned, tmp_path):
-    argv = tuning(
-        digits, photos, "--tuning", "lora", *WAYS["lora"], *NEWEST, "--save_steps", 4, "--output_dir", tmp_path
-    )
+def test_added_registers_are_saved_with_the_model(tuned):
+    results, folder = tuned["registers"]
+    assert json.loads((folder / "config.json").read_text())["num_register_tokens"] == 6
+    assert results["model"]["num_register_tokens"] == 6
+    assert results["hyperparameters"]["add_registers"] == 2
+
+
+def test_a_model_with_added_registers_learns_in_them_alone_if_its_classes_stay(trainer, digits, tmp_path):
+    grown = add_registers(ViTRegForImageClassification.from_pretrained(digits), 2)
+    grown.save_pretrained(tmp_path / "grown")
+    argv = ["--init_from", tmp_path / "grown", "--tuning", "registers", "--max_steps", 4, "--layer_decay", 0.5]
+    done = trainer.run(CLASSIFY, *argv, "--output_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "trains    192 of " in done.stdout  # six registers of 32 channels
+    old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("grown", "out"))
+    tokens = "vitreg.embeddings.register_tokens"
+    assert {name for name in old if not torch.equal(old[name], new[name])} == {tokens}
+    moved = (new[tokens] - old[tokens]).abs().max()
+    assert 0 < moved < 4 * 2e-3 * 0.5**4  # four steps of AdamW at the rate of the lowest layer
+
+
+@pytest.mark.parametrize("way", ["lora", "registers"])
+def test_a_tuning_is_continued_bit_by_bit(way, trainer, digits, photos, tuned, tmp_path):
+    argv = tuning(digits, photos, "--tuning", way, *WAYS[way], *NEWEST, "--save_steps", 4, "--output_dir", tmp_path)
     killed = trainer.run(CLASSIFY, *argv, fault={"backward": 19, "signal": signal.SIGKILL})
     assert killed.returncode == -signal.SIGKILL
     assert trainer.run(CLASSIFY, *argv).returncode == 0
-    files = [folder / "model.safetensors" for folder in (tmp_path, tuned["lora"][1])]
+    files = [folder / "model.safetensors" for folder in (tmp_path, tuned[way][1])]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-@pytest.mark.parametrize("way", ["partial", "lora"])
+@pytest.mark.parametrize("way", ["partial", "lora", "registers"])
 def test_two_processes_tune_what_one_does(way, trainer, digits, photos, tuned, tmp_path):
     argv = tuning(digits, photos, "--tuning", way, *WAYS[way], "--per_device_train_batch_size", 8)
     jobs = trainer.start_ranks(CLASSIFY, *argv, "--output_dir", tmp_path)
@@ -150,8 +179,12 @@ def test_two_processes_tune_what_one_does(way, trainer, digits, photos, tuned, t
 
 
 def test_what_cannot_be_tuned_is_refused(trainer, digits, tmp_path):
+    plain = tmp_path / "plain"
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    ViTRegForImageClassification(ViTRegConfig(**shape, num_register_tokens=0)).save_pretrained(plain)
     for argv, said in (
         (["--init_from", digits, "--tuning", "partial", "--num_tuned_layers", "9"], "num_tuned_layers of 1 to 3"),
+        (["--init_from", plain, "--tuning", "registers"], "registers to tune them, got one without: add_registers"),
         (["--recipe", "finetune_dinov2"], "init_from with the recipe finetune_dinov2"),
         (["--recipe", "deit3"], "did you mean deit3_"),
     ):

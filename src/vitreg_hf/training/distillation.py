@@ -6,11 +6,21 @@ Reference: Yan & Chen, Vision Transformers with Self-Distilled Registers (arXiv 
 Shapes: B images, a grid of rows x columns patches, D channels.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vitreg_hf.model.modeling_vitreg import ViTRegModel
+
+_COLUMNS = {
+    "cosine_distance": "1 - cosine to the teacher",
+    "squared_error": "squared error",
+    "largest_over_median": "largest norm / median",
+    "outlier_share": "outliers",
+    "knn_accuracy": "k-NN",
+}
 
 
 def feature_distances(features: Tensor, targets: Tensor) -> Tensor:
@@ -46,3 +56,19 @@ def unfreeze(student: ViTRegModel, num_tuned_layers: int) -> None:
             table.requires_grad_(True)
     for part in (embeddings.patch_embeddings, *list(student.layers)[count - num_tuned_layers :]):
         part.requires_grad_(True)
+
+
+def as_table(results: dict[str, Any]) -> str:
+    """What was gained and what was lost, as Markdown.
+
+    Args:
+        results: content of a `results.json` of `examples/distill_registers.py`.
+    """
+    metrics, added = results["metrics"], results["hyperparameters"]["num_registers"]
+    rows = {"original": "original", "untrained": f"{added} registers added", "distilled": "distilled"}
+    lines = [f"| | {' | '.join(_COLUMNS.values())} |", f"|---|{'---|' * len(_COLUMNS)}"]
+    for name, label in rows.items():
+        cosine, squared, largest, outliers, accuracy = (metrics[name][column] for column in _COLUMNS)
+        shares = f"{100 * outliers:.2f} % | {100 * accuracy:.2f} %"
+        lines.append(f"| {label} | {cosine:.4f} | {squared:.4f} | {largest:.2f} | {shares} |")
+    return "\n".join(lines)
