@@ -1,7 +1,6 @@
 """What a checkpoint can be stored as: files, folders and indices of every kind give the same tensors."""
 
 import json
-import pickle
 
 import pytest
 import torch
@@ -175,16 +174,6 @@ def test_folders_are_named_by_any_kind_of_path(weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path.parent)
     for place in (tmp_path, str(tmp_path), tmp_path.name, f"./{tmp_path.name}"):
         assert open_source(place).tensors.keys() == weights.keys()
-
-
-@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
-def test_every_protocol_of_pickle_is_read_or_refused(protocol, weights, tmp_path):
-    """PyTorch writes the second; its reader of tensors alone knows some others."""
-    torch.save(weights, tmp_path / "weights.pth", pickle_protocol=protocol)
-    try:
-        assert open_source(tmp_path / "weights.pth").tensors.keys() == weights.keys()
-    except ValueError as error:
-        assert "tensors alone" in str(error)
 
 
 # Types

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vitreg_hf.conversion.convert import CONVERSION, plan_conversion
-from vitreg_hf.conversion.layout import Told, Writing, own_shapes
+from vitreg_hf.conversion.layout import Told, Writing, check_depth, own_shapes
 from vitreg_hf.conversion.layouts import named_layout
 from vitreg_hf.conversion.rules import Row, rows_of
 from vitreg_hf.conversion.stored import Source, StoredTensor, open_source, read_json, stored
@@ -90,6 +90,7 @@ def _opened(source: Source) -> _Own:
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in source.tensors.items()}
     if others := [name for name in tensors if name.startswith(("decoder.", "decode_head.", "batch_norm."))]:
         raise ValueError(f"Expected a backbone or an image classifier, got a model with {others[0]}")
+    check_depth(config, source)
     expected = own_shapes(config, "classifier.weight" in tensors)
     got = {name: tensor.shape for name, tensor in tensors.items()}
     if expected != got:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
-from vitreg_hf.conversion.layout import Layout, Reading, Told, empty_model, own_shapes
+from vitreg_hf.conversion.layout import Layout, Reading, Told, check_depth, empty_model, own_shapes
 from vitreg_hf.conversion.layouts import named_layout, recognised
 from vitreg_hf.conversion.report import Report
 from vitreg_hf.conversion.rules import Row, rows_of
@@ -25,6 +26,7 @@ from vitreg_hf.model.image_processing_pil_vitreg import ViTRegImageProcessorPil
 from vitreg_hf.model.image_processing_vitreg import ViTRegImageProcessor
 
 CONVERSION = "conversion.json"
+_OF_WRONG_TYPES = (TypeError, AttributeError, LookupError, ArithmeticError)
 _NAMED = 5  # tensors named in one message; a missing block has dozens
 
 
@@ -134,7 +136,7 @@ def plan_conversion(
         opened = _with_head(opened, head)
     told = told or Told()
     known, why = _layout_of(opened, layout, told)
-    reading = known.read(opened, told)
+    reading = _reading(known, opened, told)
     if told.layer_norm_eps is not None:
         reading.config.layer_norm_eps = told.layer_norm_eps
         reading.config.check_values()
@@ -150,6 +152,16 @@ def _layout_of(source: Source, name: str | None, told: Told) -> tuple[Layout, st
     if name is None and told.architecture is None:
         return recognised(source)
     return named_layout(name or "timm"), "as told"
+
+
+def _reading(layout: Layout, source: Source, told: Told) -> Reading:
+    try:
+        reading = layout.read(source, told)
+    except (StrictDataclassError, *_OF_WRONG_TYPES) as error:  # a foreign config can hold anything
+        said = " ".join(str(error).split())
+        raise ValueError(f"Expected a config of {layout.title} in {source.name}, got another one: {said}") from error
+    check_depth(reading.config, source)
+    return reading
 
 
 def _with_head(source: Source, head: str | os.PathLike[str]) -> Source:

@@ -56,10 +56,10 @@ class Dinov2Layout:
     def read(self, source: Source, told: Told) -> Reading:
         fields = common_fields(source, told)
         width, patch = fields["hidden_size"], fields["patch_size"]
-        side = grid_side(shape_of(source, "pos_embed")[1] - 1, source)
-        registers = shape_of(source, "register_tokens")[1] if "register_tokens" in source.tensors else 0
+        side = grid_side(shape_of(source, "pos_embed", 3)[1] - 1, source)
+        registers = shape_of(source, "register_tokens", 3)[1] if "register_tokens" in source.tensors else 0
         has_swiglu = "blocks.0.mlp.w12.weight" in source.tensors
-        inner = shape_of(source, "blocks.0.mlp.w3.weight" if has_swiglu else "blocks.0.mlp.fc2.weight")[1]
+        inner = shape_of(source, "blocks.0.mlp.w3.weight" if has_swiglu else "blocks.0.mlp.fc2.weight", 2)[1]
         has_head = "linear_head.weight" in source.tensors
         head = head_fields(source, width) if has_head else {}
         config = ViTRegConfig(

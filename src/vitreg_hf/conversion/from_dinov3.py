@@ -72,10 +72,10 @@ class Dinov3Layout:
             image_size=_IMAGE_SIZE // patch * patch,
             position_embedding_type="rotary",
             rope_theta=_theta(source, width // fields["num_attention_heads"]),
-            num_register_tokens=shape_of(source, "storage_tokens")[1] if "storage_tokens" in source.tensors else 0,
+            num_register_tokens=shape_of(source, "storage_tokens", 3)[1] if "storage_tokens" in source.tensors else 0,
             separate_cls_norm="cls_norm.weight" in source.tensors,
             use_swiglu_ffn=has_swiglu,
-            intermediate_size=shape_of(source, f"blocks.0.mlp.{'w3' if has_swiglu else 'fc2'}.weight")[1],
+            intermediate_size=shape_of(source, f"blocks.0.mlp.{'w3' if has_swiglu else 'fc2'}.weight", 2)[1],
             layer_norm_eps=1e-5,
             **(head | named_labels(head.pop("num_labels")) if has_head else {}),
         )

@@ -48,14 +48,14 @@ class OpenClipLayout:
         settings = ((source.open_clip or {}).get("model_cfg") or {}).get("vision_cfg") or {}
         is_quick = bool(((source.open_clip or {}).get("model_cfg") or {}).get("quick_gelu"))
         _check_settings(settings)
-        width, channels, patch, _ = shape_of(source, "visual.conv1.weight")
-        side = grid_side(shape_of(source, "visual.positional_embedding")[0] - 1, source)
+        width, channels, patch, _ = shape_of(source, "visual.conv1.weight", 4)
+        side = grid_side(shape_of(source, "visual.positional_embedding", 2)[0] - 1, source)
         heads = width // settings["head_width"] if settings.get("head_width") else heads_of(width, told)
         config = ViTRegConfig(
             hidden_size=width,
             num_hidden_layers=depth_of(source, r"visual\.transformer\.resblocks\.(\d+)\."),
             num_attention_heads=told.num_attention_heads or heads,
-            intermediate_size=shape_of(source, f"{_FIRST}.mlp.c_fc.weight")[0],
+            intermediate_size=shape_of(source, f"{_FIRST}.mlp.c_fc.weight", 2)[0],
             hidden_act="quick_gelu" if is_quick else "gelu",
             layer_norm_eps=1e-5,
             image_size=side * patch,

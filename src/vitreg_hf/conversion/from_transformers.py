@@ -142,6 +142,9 @@ class TransformersLayout:
         content = dict(source.config or {})
         if content.get("model_type") == self.around:
             content = dict(content.get("vision_config") or {})
+        layers, most = content.get("num_hidden_layers", 1), len(source.tensors)
+        if isinstance(layers, int) and not 0 < layers <= most:  # some configs make a list of their layers
+            raise ValueError(f"Expected num_hidden_layers for the {most} tensors of {source.name}, got {layers}")
         return CONFIG_MAPPING[self.model_type].from_dict({**content, "model_type": self.model_type})
 
     def _rules(self, config: ViTRegConfig) -> dict[str, Rule]:

@@ -108,6 +108,13 @@ def empty_model(config: ViTRegConfig, has_head: bool) -> ViTRegPreTrainedModel:
         return ViTRegForImageClassification(config) if has_head else ViTRegModel(config)
 
 
+def check_depth(config: ViTRegConfig, source: Source) -> None:
+    """Refuse a config of more blocks than there are tensors, before a model of so many is built; raises ValueError."""
+    blocks, tensors = config.num_hidden_layers, len(source.tensors)
+    if blocks > tensors:
+        raise ValueError(f"Expected weights of {blocks} blocks in {source.name}, got {tensors} tensors")
+
+
 def own_shapes(config: ViTRegConfig, has_head: bool) -> dict[str, tuple[int, ...]]:
     """Shapes of the parameters of a model by name, without the prefix that a backbone has inside a head's model."""
     model = empty_model(config, has_head)

@@ -31,11 +31,14 @@ _CHANNELS_PER_HEAD = 64  # of every published model of these sources but ViT-7B,
 _HEADS = {4096: 32}
 
 
-def shape_of(source: Source, name: str) -> tuple[int, ...]:
-    """Shape of a tensor; raises ValueError if the source has none of this name."""
+def shape_of(source: Source, name: str, dimensions: int) -> tuple[int, ...]:
+    """Shape of a tensor; raises ValueError if the source has none of this name, or of other dimensions."""
     if name not in source.tensors:
         raise ValueError(f"Expected a tensor {name!r} in {source.name}, got none")
-    return source.tensors[name].shape
+    shape = source.tensors[name].shape
+    if len(shape) != dimensions:
+        raise ValueError(f"Expected {name!r} of {dimensions} dimensions in {source.name}, got the shape {shape}")
+    return shape
 
 
 def depth_of(source: Source, pattern: str = r"blocks\.(\d+)\.") -> int:
@@ -50,14 +53,14 @@ def depth_of(source: Source, pattern: str = r"blocks\.(\d+)\.") -> int:
 def heads_of(width: int, told: Told) -> int:
     """Attention heads, which no shape tells: as told, else as in every published model of this width."""
     heads = told.num_attention_heads or _HEADS.get(width) or width // _CHANNELS_PER_HEAD
-    if not heads or width % heads:
+    if not isinstance(heads, int) or heads < 1 or width % heads:
         raise ValueError(f"Expected num_attention_heads for a width of {width}, got none that divides it ({heads})")
     return heads
 
 
 def grid_side(positions: int, source: Source) -> int:
     """Rows of a square table; raises ValueError if it is none."""
-    side = math.isqrt(positions)
+    side = math.isqrt(max(positions, 0))
     if side * side != positions:
         raise ValueError(f"Expected a square table of positions in {source.name}, got {positions} patches")
     return side
@@ -69,7 +72,7 @@ def common_fields(source: Source, told: Told) -> dict[str, Any]:
     Raises:
         ValueError: if a tensor of the first block is missing, or heads cannot be told.
     """
-    width, channels, *patch = shape_of(source, "patch_embed.proj.weight")
+    width, channels, *patch = shape_of(source, "patch_embed.proj.weight", 4)
     first = "blocks.0."
     scaled = f"{first}ls1.gamma" in source.tensors
     return {
@@ -88,7 +91,7 @@ def common_fields(source: Source, told: Told) -> dict[str, Any]:
 
 def head_fields(source: Source, width: int, name: str = f"{HEAD}weight") -> dict[str, Any]:
     """Fields that follow from a linear head on CLS of some layers and the mean of the last layer's patches."""
-    labels, inputs = shape_of(source, name)
+    labels, inputs = shape_of(source, name, 2)
     if inputs % width or not inputs // width >= 2:
         raise ValueError(f"Expected a linear head on CLS tokens and mean patch of width {width}, got {inputs} inputs")
     return {"num_labels": labels, "pooling": "cls_mean", "num_classifier_layers": inputs // width - 1}

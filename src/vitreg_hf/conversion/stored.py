@@ -28,6 +28,7 @@ _SINGLE_FILES = (
     *("pytorch_model.bin", "open_clip_pytorch_model.bin"),
 )
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_WORDS_OF_CODE = ("GLOBAL", "TorchScript", "Unsupported class", "WeightsUnpickler")  # in messages of PyTorch
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 
 
@@ -150,7 +151,8 @@ def load_tensors(path: Path) -> Any:
                 raise
             return torch.load(path, map_location="cpu", weights_only=True)  # written by PyTorch before 1.6
     except Exception as error:  # of many kinds; its own message advises weights_only=False, which runs any code
-        found = "code or objects" if "Unsupported" in str(error) or "WeightsUnpickler" in str(error) else "damage"
+        told = str(error)
+        found = "code or objects" if any(word in told for word in _WORDS_OF_CODE) else "damage"
         raise ValueError(f"Expected a file of tensors alone, got {path}, in which there is {found}") from error
 
 

@@ -65,6 +65,7 @@ def fitting_model(
         ValueError: if no arguments give the shapes of the weights, with what differs.
     """
     chosen = dict(arguments)
+    _check_depth(chosen, source)
     model = empty_timm_model(architecture, chosen)
     shapes = _shapes(model, source)
     if _differences(model, shapes):
@@ -75,10 +76,18 @@ def fitting_model(
     if heads is not None:
         chosen["num_heads"] = heads
     if chosen != dict(arguments):
+        _check_depth(chosen, source)
         model = empty_timm_model(architecture, chosen)
     if differing := _differences(model, shapes):
         raise ValueError(f"Expected weights of timm's {architecture}, got others: {'; '.join(differing[:4])}")
     return model, chosen
+
+
+def _check_depth(arguments: Mapping[str, Any], source: Source) -> None:
+    """Refuse more blocks than there are tensors, before a model of so many is built."""
+    depth, tensors = arguments.get("depth", 1), len(source.tensors)
+    if isinstance(depth, int) and depth > tensors:
+        raise ValueError(f"Expected weights of {depth} blocks in {source.name}, got {tensors} tensors")
 
 
 def _shapes(model: nn.Module, source: Source) -> dict[str, tuple[int, ...]]:

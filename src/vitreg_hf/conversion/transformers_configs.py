@@ -4,7 +4,7 @@
 from typing import Any
 
 from vitreg_hf.conversion.reference_names import shape_of
-from vitreg_hf.conversion.stored import Source, StoredTensor
+from vitreg_hf.conversion.stored import Source
 from vitreg_hf.model.configuration_vitreg import ViTRegConfig
 
 # Fields of the same name and meaning in all of these configs and here
@@ -61,7 +61,7 @@ def head_fields(saved: Any, source: Source) -> dict[str, Any]:
     Raises:
         ValueError: if it reads anything but CLS, or CLS and the mean of patches.
     """
-    labels, inputs = shape_of(source, "classifier.weight")
+    labels, inputs = shape_of(source, "classifier.weight", 2)
     pooling = {saved.hidden_size: "cls", 2 * saved.hidden_size: "cls_mean"}.get(inputs)
     if pooling is None:
         raise ValueError(f"Expected a classifier on CLS, or on CLS and the mean of patches, got {inputs} inputs")
@@ -93,21 +93,21 @@ def _clip_fields(saved: Any) -> dict[str, Any]:
     }
 
 
-def _named(source: Source, ending: str) -> StoredTensor | None:
-    return next((tensor for name, tensor in source.tensors.items() if name.endswith(ending)), None)
+def _named(source: Source, ending: str) -> str | None:
+    return next((name for name in source.tensors if name.endswith(ending)), None)
 
 
 def registers_of(source: Source) -> int:
     """How many registers the weights have, whatever the config says."""
-    tensor = _named(source, "embeddings.register_tokens")
-    return 0 if tensor is None else tensor.shape[1]
+    name = _named(source, "embeddings.register_tokens")
+    return 0 if name is None else shape_of(source, name, 3)[1]
 
 
 def _inner(source: Source, *names: str) -> int:
     """Width inside the MLP, from the projection out of it."""
     for name in names:
-        if (tensor := _named(source, f".0.{name}.weight")) is not None:
-            return tensor.shape[1]
+        if (found := _named(source, f".0.{name}.weight")) is not None:
+            return shape_of(source, found, 2)[1]
     raise ValueError(f"Expected an MLP ({' or '.join(names)}) in {source.name}, got none")
 
 
