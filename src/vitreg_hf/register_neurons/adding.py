@@ -66,18 +66,19 @@ def add_attention_bias(model: Model, keys: Tensor, values: Tensor) -> Model:
     Register neurons are 0 on every token then, and there is no token left to compute.
 
     Args:
-        model: with test-time registers.
+        model: with one test-time register.
         keys, values: mean key and value of the register in every block, `(layers, h, d)`: `mean_register`.
 
     Returns:
         A new model of the same class that shares its other weights with the given one.
 
     Raises:
-        ValueError: if the model has no test-time registers, or shapes do not fit.
+        ValueError: if the model has none or several, has such biases already, or shapes do not fit.
     """
     config = model.config
-    if not config.num_test_time_registers:
-        raise ValueError("Expected a model with test-time registers, got one without")
+    if config.num_test_time_registers != 1 or config.attention_bias_kv:
+        got = f"{config.num_test_time_registers} and attention_bias_kv={config.attention_bias_kv}"
+        raise ValueError(f"Expected a model with one test-time register and no attention bias of its own, got {got}")
     shape = (config.num_hidden_layers, config.num_attention_heads, config.attention_head_dim)
     if keys.shape != shape or values.shape != shape:
         raise ValueError(f"Expected keys and values of shape {shape}, got {tuple(keys.shape)}, {tuple(values.shape)}")
@@ -142,6 +143,8 @@ def with_config(model: Model, weights: dict[str, Tensor] | None = None, **change
     Raises:
         ValueError: if the config cannot be built.
     """
+    if isinstance(model, ViTRegModel) and model.embeddings.mask_token is not None:
+        changes["use_mask_token"] = True  # a model may have one that its config does not tell of
     config = ViTRegConfig.from_dict(model.config.to_dict(), **changes)
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):

@@ -8,6 +8,7 @@ Shapes: B images, N tokens, P patches, F neurons of an MLP, L blocks, n images i
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from vitreg_hf.analysis.images import ImageFiles, find_images, image_batches
 from vitreg_hf.analysis.outliers import OutlierRule
 from vitreg_hf.analysis.recorder import Readers
 from vitreg_hf.analysis.token_norms import cutoff, patch_norms
-from vitreg_hf.model.modeling_vitreg import ViTRegPreTrainedModel
+from vitreg_hf.model.configuration_vitreg import ViTRegConfig
+from vitreg_hf.model.modeling_vitreg import ViTRegModel, ViTRegPreTrainedModel
 from vitreg_hf.register_neurons.adding import add_test_time_registers
 from vitreg_hf.register_neurons.ranking import RegisterNeuron, RegisterNeurons, Trial
 
@@ -31,7 +33,7 @@ COUNTS = (1, 2, 3, 5, 8, 12, 20, 30, 50, 80, 120, 200, 300)  # tried one after t
 _RANKED = max(COUNTS)
 _VANISHED = 0.05  # outliers have vanished when this share of them is left
 _BEYOND = 2  # counts tried after that, to see whether there is a plateau
-_TRIED_ON = 64  # images
+_TRIED_ON = 64  # images with outliers
 
 
 def find_register_neurons(
@@ -73,12 +75,48 @@ def find_register_neurons(
         ValueError: if there is no outlier to be written by anything: such a model needs no registers; or if an
             argument or an image does not fit.
     """
+    rule = rule or OutlierRule()
+    _check(model, rule, top_layer, top_k)
+    batches = batches_of(images, processor, num_images, batch_size, image_size)
+    with evaluated(model):
+        return _found(model, batches, rule, top_layer, top_k, progress)
+
+
+def _check(model: ViTRegPreTrainedModel, rule: OutlierRule, top_layer: int | None, top_k: int | None) -> None:
+    family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if family != ViTRegConfig.model_type:
+        raise ValueError(f"Expected a model of this family, got {family}: convert_checkpoint makes it one")
     if model.config.num_test_time_registers or model.config.register_neurons:
         raise ValueError("Expected a model without test-time registers, got one with them")
-    subject, rule = subject_of(model, processor, device=str(model.device)), rule or OutlierRule()
-    batches = batches_of(images, processor, num_images, batch_size, image_size)
-    layers = len(subject.anatomy.blocks)
-    state = rule.state(layers)
+    layers = model.config.num_hidden_layers
+    rule.state(layers)
+    if top_layer is not None and not 0 <= top_layer < layers:
+        raise ValueError(f"Expected top_layer of 0 to {layers - 1}, got {top_layer}")
+    if top_k is not None and not 1 <= top_k <= _RANKED:
+        raise ValueError(f"Expected 1 to {_RANKED} register neurons, got {top_k}")
+
+
+@contextmanager
+def evaluated(model: ViTRegPreTrainedModel) -> Iterator[None]:
+    """In evaluation mode; afterwards every part of the model is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _found(
+    model: ViTRegPreTrainedModel,
+    batches: Batches,
+    rule: OutlierRule,
+    top_layer: int | None,
+    top_k: int | None,
+    progress: bool,
+) -> RegisterNeurons:
+    subject = subject_of(model, device=str(model.device))
+    state = rule.state(len(subject.anatomy.blocks))
     norms = torch.cat(_norms(subject, batches, progress))  # (n, L + 1, P)
     threshold = cutoff(norms[:, state].flatten().numpy(), rule.rule, rule.value)
     outliers = norms[:, state] > threshold
@@ -90,8 +128,6 @@ def find_register_neurons(
             f"{largest:.4g}, cutoff {threshold:.4g} by the {rule.rule} rule): this model needs no registers"
         )
     last = _top_layer(norms, outliers, threshold, state) if top_layer is None else top_layer
-    if not 0 <= last < layers:
-        raise ValueError(f"Expected top_layer of 0 to {layers - 1}, got {last}")
     at_outliers, elsewhere = _activations(subject, batches, outliers, last, progress)
     signed = bool(model.config.use_swiglu_ffn)  # neurons of an MLP are hardly ever far below 0, of SwiGLU they are
     ranking = _ranked(at_outliers, elsewhere, signed)
@@ -106,7 +142,9 @@ def find_register_neurons(
         len(norms),
         "largest" if signed else "max",
     )
-    return found.first(top_k) if top_k is not None else _tried(model, processor, found, batches, progress)
+    if top_k is not None:
+        return found.first(top_k)
+    return _tried(model, found, _with_outliers(batches, outliers), progress)
 
 
 # Images
@@ -196,17 +234,23 @@ def _ranked(at_outliers: Tensor, elsewhere: Tensor, signed: bool) -> tuple[Regis
 # How many
 
 
+def _with_outliers(batches: Batches, outliers: Tensor) -> tuple[Tensor, int]:
+    """Images to try on, evenly spread over those that have outliers, and the size of a batch."""
+    having = outliers.any(dim=1).nonzero()[:, 0]
+    places = torch.linspace(0, len(having) - 1, min(_TRIED_ON, len(having))).round().long()
+    wanted, kept, start, size = set(having[places].tolist()), [], 0, 1
+    for pixel_values in batches():
+        size = max(size, len(pixel_values))
+        kept += [image for i, image in enumerate(pixel_values, start) if i in wanted]
+        start += len(pixel_values)
+    return torch.stack(kept), size
+
+
 def _tried(
-    model: ViTRegPreTrainedModel, processor: Any, found: RegisterNeurons, batches: Batches, progress: bool
+    model: ViTRegPreTrainedModel, found: RegisterNeurons, images: tuple[Tensor, int], progress: bool
 ) -> RegisterNeurons:
     """The ranking with the number of neurons that trying tells."""
-    kept: list[Tensor] = []
-    for pixel_values in batches():
-        kept.append(pixel_values)
-        if sum(map(len, kept)) >= _TRIED_ON:
-            break
-    pixels = torch.cat(kept)[:_TRIED_ON]
-    size = len(kept[0])
+    pixels, size = images
     norms, original = _norms_and_pooled(model, pixels, size, found.state)
     trials = [_trial(0, norms, original, original, found.threshold)]
     goal, beyond = _VANISHED * trials[0].outlier_share, _BEYOND
@@ -235,7 +279,8 @@ def _norms_and_pooled(
     backbone: Any = model.base_model
     norms, pooled = [], []
     for batch in pixels.split(batch_size):
-        outputs = backbone(batch.to(model.device), output_hidden_states=True)
+        # of the class below, as `ViTRegBackbone` itself gives no pooled feature
+        outputs = ViTRegModel.forward(backbone, batch.to(model.device), output_hidden_states=True, return_dict=True)
         norms.append(patch_norms(outputs.hidden_states[state], backbone.layout).cpu())
         pooled.append(outputs.pooler_output.float().cpu())
     return torch.cat(norms), torch.cat(pooled)

@@ -11,16 +11,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from vitreg_hf.analysis.analyze import AnalyzeSettings
-from vitreg_hf.analysis.artifact_pictures import look_at, short
+from vitreg_hf.analysis.artifact_pictures import Pictured, look_at, short
 from vitreg_hf.analysis.compare import compare
 from vitreg_hf.analysis.extract import Subject, load_vision, subject_of
 from vitreg_hf.analysis.figures.mended import before_after_figure, trials_figure
-from vitreg_hf.analysis.images import ImageFiles, find_images, image_batches, labelled_split
+from vitreg_hf.analysis.images import ImageFiles, find_images, image_batches, labelled_split, open_upright
 from vitreg_hf.analysis.measure import Pass
 from vitreg_hf.analysis.outliers import OutlierRule
 from vitreg_hf.analysis.report import write_json
@@ -72,6 +74,13 @@ class MendSettings:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"Expected a method of {', '.join(METHODS)}, got {self.method!r}")
+        if self.num_registers < 1 or (self.method == "attention-bias" and self.num_registers > 1):
+            wanted = "one register" if self.method == "attention-bias" else "one register or more"
+            raise ValueError(f"Expected {wanted}, got {self.num_registers}")
+
+    def state(self, layers: int, neurons: RegisterNeurons | None) -> int:
+        """After how many blocks norms are judged: as in the search, whose threshold holds nowhere else."""
+        return self.rule.state(layers) if neurons is None else neurons.state
 
 
 def mend(source: str, images: str | Path, output: str | Path, settings: MendSettings | None = None) -> dict[str, Any]:
@@ -94,12 +103,15 @@ def mend(source: str, images: str | Path, output: str | Path, settings: MendSett
     if (folder / "config.json").exists() and not settings.how.overwrite:
         raise ValueError(f"Expected a folder without a model, got {folder}, which holds one (overwrite replaces it)")
     before = load_to_mend(source)
-    files = find_images(images, leave_out=folder)
+    all_files = find_images(images, leave_out=folder)
+    files = _readable(all_files, settings.how)
     neurons = None if settings.method == "added" else _neurons(before, files, settings)
     after = _subject(before, _mended(before, files, neurons, settings), settings.method)
     folder.mkdir(parents=True, exist_ok=True)
+    # Records tell models apart by their weights, and moving other neurons changes none.
+    shutil.rmtree(folder / REPORT / "records-b", ignore_errors=True)
     cutoff = AnalyzeSettings(settings.how, settings.rule, probes=False, pictured=settings.pictured)
-    compared = compare(before, after, files, folder / REPORT, cutoff)
+    compared = compare(before, after, all_files, folder / REPORT, cutoff)  # which lists those that are left out
     results = {
         "source": source,
         "method": settings.method,
@@ -164,14 +176,33 @@ def _neurons(subject: Subject, files: ImageFiles, settings: MendSettings) -> Reg
     )
 
 
+def _readable(files: ImageFiles, how: Pass) -> ImageFiles:
+    """The files, but for those that cannot be decoded where these are to be left out."""
+    if how.on_corrupt_image == "raise":
+        return files
+    kept = [index for index, file in enumerate(files.files) if _can_be_read(file)]
+    if not kept:
+        raise ValueError(f"Expected a readable image in {str(files.root)!r}, got none")
+    return files.only(kept)
+
+
+def _can_be_read(file: Path) -> bool:
+    try:
+        open_upright(file)
+    except ValueError:
+        return False
+    return True
+
+
 def _mended(subject: Subject, files: ImageFiles, neurons: RegisterNeurons | None, settings: MendSettings) -> Any:
     model: Any = subject.model
+    size: dict[str, Any] = {"batch_size": settings.how.batch_size, "image_size": settings.how.image_size}
     if neurons is None:
-        return add_registers(model, settings.num_registers, mean_patch(model, files, subject.preprocess))
+        return add_registers(model, settings.num_registers, mean_patch(model, files, subject.preprocess, **size))
     moved = add_test_time_registers(model, neurons, settings.num_registers, cls=settings.cls, init=settings.init)
     if settings.method == "test-time":
         return moved
-    return bias_from_images(moved, files, subject.preprocess)
+    return bias_from_images(moved, files, subject.preprocess, **size)
 
 
 def _subject(before: Subject, model: Any, method: str) -> Subject:
@@ -179,7 +210,10 @@ def _subject(before: Subject, model: Any, method: str) -> Subject:
 
 
 def _save(subject: Subject, folder: Path, neurons: RegisterNeurons | None, results: dict[str, Any]) -> None:
-    """The model beside its report: written to a folder of a temporary name, then moved, the config last."""
+    """The model beside its report: written to a folder of a temporary name, then moved, the config last.
+
+    Without a config nothing loads, so a model that is replaced loses its own first.
+    """
     made = folder / ".unfinished"
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir()
@@ -190,6 +224,8 @@ def _save(subject: Subject, folder: Path, neurons: RegisterNeurons | None, resul
         write_json(made / RESULTS, results)
         if neurons is not None:
             neurons.save(made / NEURONS)
+        for old in (folder / "config.json", folder / NEURONS, *folder.glob("model*.safetensors*")):
+            old.unlink(missing_ok=True)
         for file in sorted(made.iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, folder / file.name)
     finally:
@@ -203,7 +239,8 @@ def _changes(
     before: Subject, after: Subject, files: ImageFiles, neurons: RegisterNeurons | None, settings: MendSettings
 ) -> list[dict[str, Any]]:
     """Norms against the cutoff of the original, pooled features, and accuracy where there are labels."""
-    first, second = (_looked(subject, files, settings) for subject in (before, after))
+    state = settings.state(len(before.anatomy.blocks), neurons)
+    first, second = (_looked(subject, files, settings.how, state) for subject in (before, after))
     threshold = 2 * float(first[0].median()) if neurons is None else neurons.threshold
     shares = [100 * float((norms > threshold).float().mean()) for norms, _ in (first, second)]
     cosine = float(torch.cosine_similarity(first[1], second[1], dim=1).mean())
@@ -220,11 +257,11 @@ def _changes(
 
 
 @torch.inference_mode()
-def _looked(subject: Subject, files: ImageFiles, settings: MendSettings) -> tuple[Tensor, Tensor]:
+def _looked(subject: Subject, files: ImageFiles, how: Pass, state: int) -> tuple[Tensor, Tensor]:
     """Norms of patches `(n, P)` in the state that outliers are judged by, and pooled features `(n, D)`."""
     model: Any = subject.anatomy.backbone
-    state, norms, pooled = settings.rule.state(len(subject.anatomy.blocks)), [], []
-    for batch in image_batches(files.files, subject.preprocess, settings.how.batch_size, settings.how.image_size):
+    norms, pooled = [], []
+    for batch in image_batches(files.files, subject.preprocess, how.batch_size, how.image_size):
         outputs = model(batch.to(subject.device), output_hidden_states=True)
         norms.append(patch_norms(outputs.hidden_states[state], subject.layout).cpu())
         pooled.append(outputs.pooler_output.float().cpu())
@@ -233,7 +270,8 @@ def _looked(subject: Subject, files: ImageFiles, settings: MendSettings) -> tupl
 
 def _knn(pooled: Tensor, files: ImageFiles) -> tuple[int, float]:
     """How many neighbours voted, and their accuracy between 0 and 1."""
-    _, labels, training = labelled_split(files)
+    split, labels, training = labelled_split(files)  # may be in another order
+    pooled = pooled[[files.files.index(file) for file in split.files]]
     known = pooled[training]
     k = next(k for k in _NEIGHBOURS if k <= len(known))
     classes = int(labels.max()) + 1
@@ -262,27 +300,30 @@ def _draw(
     settings: MendSettings,
     folder: Path,
 ) -> None:
-    state = settings.rule.state(len(before.anatomy.blocks))
+    state = settings.state(len(before.anatomy.blocks), neurons)
     drawn = files.first(settings.pictured)
     looked = [look_at(subject, drawn, settings.how, state) for subject in (before, after)]
-    of_cls = [one.prefix[:, :, 0].mean(dim=1) for one in looked]
-    even = [1 / (one.prefix.shape[2] + one.norms[0].numel()) for one in looked]
-    attention = [own / share for own, share in zip(of_cls, even, strict=True)]
-    shares = [own.sum(dim=(1, 2)).tolist() for own in of_cls]
-    has_cls = all(subject.layout.num_cls for subject in (before, after))
+    attention = [_of_cls(one) for one in looked] if before.layout.num_cls else None
     before_after_figure(
         looked[0].seen,
         (looked[0].norms.numpy(), looked[1].norms.numpy()),
-        (attention[0].numpy(), attention[1].numpy()) if has_cls else None,
+        None if attention is None else (attention[0][0], attention[1][0]),
         folder / "before_after.png",
         captions=[short(name) for name in looked[0].names],
         title=f"{before.name}, before and after {_done(neurons, settings)}",
-        on_patches=(shares[0], shares[1]),
+        on_patches=None if attention is None else (attention[0][1], attention[1][1]),
     )
     if neurons is not None and neurons.trials:
         trials: Sequence[dict[str, Any]] = [asdict(trial) for trial in neurons.trials]
         title = f"{before.name}: what moving register neurons does, {neurons.images} images"
         trials_figure(trials, neurons.count, folder / "neurons.png", title=title)
+
+
+def _of_cls(looked: Pictured) -> tuple[NDArray[np.float32], list[float]]:
+    """What CLS attends to as multiples of an even share, `(B, rows, columns)`, and its share on patches, `(B,)`."""
+    maps = looked.prefix[:, :, 0].mean(dim=1)
+    tokens = looked.prefix.shape[2] + looked.norms[0].numel()
+    return (maps * tokens).numpy(), maps.sum(dim=(1, 2)).tolist()
 
 
 def _done(neurons: RegisterNeurons | None, settings: MendSettings) -> str:

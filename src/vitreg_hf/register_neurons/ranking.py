@@ -116,10 +116,15 @@ class RegisterNeurons:
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "RegisterNeurons":
-        """From what `to_dict` gives; raises TypeError or KeyError for anything else."""
+        """From what `to_dict` gives; raises ValueError, TypeError or KeyError for anything else."""
         ranking = tuple(RegisterNeuron(**one) for one in saved["ranking"])
         trials = tuple(Trial(**one) for one in saved["trials"])
-        return cls(**{**saved, "ranking": ranking, "trials": trials})
+        whole = cls(**{**saved, "ranking": ranking, "trials": trials})
+        for part in (*ranking, *trials, whole):
+            _check_types(part)
+        if any(one.layer < 0 or one.neuron < 0 for one in ranking):
+            raise ValueError("Expected layers and neurons from 0, got a negative one")
+        return whole.first(whole.count)
 
     def __str__(self) -> str:
         lines = [
@@ -142,3 +147,12 @@ class RegisterNeurons:
             share, cosine = f"{100 * trial.outlier_share:.2f} %", f"{trial.pooled_cosine:.4f}"
             lines.append(f"  {trial.count:7} {share:>10} {trial.largest_norm:13.4g} {cosine:>25}{mark}")
         return "\n".join(lines)
+
+
+def _check_types(part: Any) -> None:
+    """Refuse numbers that are none; raises TypeError."""
+    for name, value in vars(part).items():
+        kind = type(part).__annotations__[name]
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if kind in (int, float, str) and not fits:
+            raise TypeError(f"Expected {name} of type {kind.__name__}, got {value!r:.60}")

@@ -92,7 +92,8 @@ def _curve(axes: Axes, counts: list[int], values: list[float], chosen: int, lowe
     places = list(range(len(counts)))
     axes.plot(places, values, "o-", color="tab:blue", ms=4, label="measured")
     axes.axhline(values[0], color="0.6", lw=1, ls=":", label="before")
-    axes.axvline(counts.index(chosen), color="tab:red", lw=1, label=f"taken: {chosen}")
+    if chosen in counts:  # else it was told, not tried
+        axes.axvline(counts.index(chosen), color="tab:red", lw=1, label=f"taken: {chosen}")
     axes.set_xticks(places, [str(count) for count in counts], fontsize=8)
     axes.set(xlabel="neurons moved", ylim=(lowest, 1.06 * max(values)))
     axes.grid(alpha=0.3)
