@@ -10,8 +10,8 @@ positions, the patch projection and the last block learn. Labels are used by the
 was gained and what was lost: distance to the teacher, norms of patches, accuracy of 20 nearest neighbours.
 
 On the digits model without registers (`make demo` trains it) it takes 37 s of one CPU core: 1 - cosine to the teacher
-falls from 0.030 to 0.012, 97.5 % of 360 digits are told by neighbours, and 98.3 % before. That model has no outliers, so
-there is nothing to gain; `examples/README.md` has the table, also without new registers.
+falls from 0.030 to 0.012, 97.5 % of 360 digits are told by neighbours, and 98.3 % before. That model has no outliers,
+so there is nothing to gain; `examples/README.md` has the table, also without new registers.
 """
 
 import copy
