@@ -1,9 +1,10 @@
 """A network with planted register neurons: which neurons write the outliers, who attends to them, and what for.
 
-Blue patches are the redundant ones. Five neurons of three blocks fire for them alone; those of the last of these blocks
-write a huge vector, so that blue patches become outliers there. In all blocks after it most heads attend to whatever
-holds that vector, and take a value from it that every token's output depends on. It is the same value wherever the
-vector stands: on a register it is as good as on patches, but it must stand somewhere. All other weights are random.
+Blue patches are the redundant ones. Five neurons of three blocks fire for them alone; those of the last of these
+blocks write a huge vector, so that blue patches become outliers there. In all blocks after it most heads attend to
+whatever holds that vector, and take a value from it that every token's output depends on. The value is the same
+wherever the vector stands: on a register it is as good as on patches, but it must stand somewhere. Other weights are
+random.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Registers in a trained model: at test time, as a bias of attention, and learned ones that start as average patches."""
+"""Registers in a trained model: at test time, as a bias of attention, and learned ones that start as mean patches."""
 
 import copy
 

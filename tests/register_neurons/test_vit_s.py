@@ -1,4 +1,4 @@
-"""At the size of ViT-S: planted neurons are found exactly, moving them mends the model, and deleting them breaks it."""
+"""At the size of ViT-S: planted neurons are found exactly, moving them mends the model, deleting them breaks it."""
 
 from types import SimpleNamespace
 

@@ -108,8 +108,6 @@ def mend(source: str, images: str | Path, output: str | Path, settings: MendSett
     neurons = None if settings.method == "added" else _neurons(before, files, settings)
     after = _subject(before, _mended(before, files, neurons, settings), settings.method)
     folder.mkdir(parents=True, exist_ok=True)
-    # Records tell models apart by their weights, and moving other neurons changes none.
-    shutil.rmtree(folder / REPORT / "records-b", ignore_errors=True)
     cutoff = AnalyzeSettings(settings.how, settings.rule, probes=False, pictured=settings.pictured)
     compared = compare(before, after, all_files, folder / REPORT, cutoff)  # which lists those that are left out
     results = {
