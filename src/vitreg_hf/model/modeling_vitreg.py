@@ -347,9 +347,11 @@ class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
         output_prefix_attentions: set[int],
         **kwargs: Any,
     ) -> BaseModelOutput:
-        attention_mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=token_mask
-        )
+        attention_mask = None
+        if token_mask is not None:  # else flex attention would get a mask that masks nothing
+            attention_mask = create_bidirectional_mask(
+                config=self.config, inputs_embeds=hidden_states, attention_mask=token_mask
+            )
         for index, layer in enumerate(self.layers):
             hidden_states = layer(
                 hidden_states,
