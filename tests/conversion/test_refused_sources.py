@@ -502,7 +502,8 @@ def test_a_folder_that_is_there_is_not_replaced_unasked(weights, refused, save, 
 
 def test_a_file_in_place_of_the_folder_is_not_replaced(weights, refused, save, tmp_path):
     (tmp_path / "converted").write_text("precious")
-    refused(save(weights), "a new folder, got .*converted, which is there")
+    for overwrite in (False, True):
+        refused(save(weights), "a new folder, got .*converted, which is a file", overwrite=overwrite)
 
 
 def test_where_to_save_is_checked_before_the_source_is_opened(refused, tmp_path):

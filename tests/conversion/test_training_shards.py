@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import traceback
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from vitreg_hf import ViTRegModel
 from vitreg_hf.conversion.convert import convert_checkpoint
 from vitreg_hf.conversion.stored import open_source
 
+from .forks import ended, forked
 from .reference_files import SIZES_OF_16, dinov3_file, dinov3_source, tokens_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")  # what writing alone says
@@ -89,26 +89,11 @@ def save_sharded(rank, folder):
     dist.destroy_process_group()
 
 
-def forked(function, *arguments):
-    """Process that runs a function; it has everything imported already."""
-    process = os.fork()
-    if process == 0:
-        status = 1
-        try:
-            function(*arguments)
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return process
-
-
 def test_shards_of_two_processes_under_fsdp2_are_put_together(tmp_path, monkeypatch):
     """Of 7 rows one process has 4, the other 3."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     processes = [forked(save_sharded, rank, tmp_path) for rank in (0, 1)]
-    assert [os.waitpid(process, 0)[1] for process in processes] == [0, 0]
+    assert [ended(process) for process in processes] == [0, 0]
     assert len(list((tmp_path / "shards").glob("*.distcp"))) == 2
     whole = torch.load(tmp_path / "whole.pth", weights_only=True)
     tensors = open_source(tmp_path / "shards").tensors

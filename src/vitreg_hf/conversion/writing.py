@@ -20,12 +20,14 @@ from torch import Tensor
 
 WEIGHTS = "model.safetensors"
 MOST_BYTES_PER_SHARD = 5 * 10**9  # of memory too: no more than a shard is held at a time
-_UNFINISHED = ".unfinished"
+_UNFINISHED, _REPLACED = ".unfinished", ".replaced"
 
 
 def check_new(final: Path, overwrite: bool = False) -> None:
     """Refuse to write where something is, unless it is to be replaced; raises ValueError."""
-    if final.exists() and not overwrite and (not final.is_dir() or any(final.iterdir())):
+    if final.exists() and not final.is_dir():
+        raise ValueError(f"Expected a new folder, got {final}, which is a file")
+    if final.exists() and not overwrite and any(final.iterdir()):
         raise ValueError(f"Expected a new folder, got {final}, which is there (overwrite replaces it)")
 
 
@@ -40,25 +42,28 @@ def new_folder(final: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         ValueError: before anything is written, if there is something of this name.
     """
-    check_new(final, overwrite)
+    final = Path(os.path.abspath(final))  # a name of its own, also for "."
     made = final.with_name(f".{final.name}{_UNFINISHED}")
-    shutil.rmtree(made, ignore_errors=True)  # of a conversion that was killed
+    aside = final.with_name(f".{final.name}{_REPLACED}")
+    _tidy(made, aside, final)
+    check_new(final, overwrite)
     made.mkdir(parents=True)
     try:
         yield made
-        _put(made, final)
+        for file in made.iterdir():
+            _flush(file)
+        if final.exists():
+            os.replace(final, aside)
+        os.replace(made, final)
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        _tidy(made, aside, final)
 
 
-def _put(made: Path, final: Path) -> None:
-    for file in made.iterdir():
-        _flush(file)
-    aside = made.with_name(f"{made.name}-replaced")
-    shutil.rmtree(aside, ignore_errors=True)
-    if final.exists():
-        os.replace(final, aside)
-    os.replace(made, final)
+def _tidy(made: Path, aside: Path, final: Path) -> None:
+    """Remove what a conversion that was killed has left; of one killed between its two renames, take back the old."""
+    shutil.rmtree(made, ignore_errors=True)
+    if aside.exists() and not final.exists():
+        os.replace(aside, final)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -96,6 +101,7 @@ def write_safetensors(
         except SafetensorError as error:
             raise OSError(f"{folder}: {error}") from error
         shards.append(list(shard))
+        shard.clear()  # before the next one is put together
     if len(shards) == 1:
         os.replace(folder / _numbered(0), folder / WEIGHTS)
         return
@@ -108,8 +114,15 @@ def write_safetensors(
 
 
 def write_torch(file: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write tensors as `torch.save` does, all at once: the format of the reference implementations."""
-    torch.save({name: tensor.contiguous() for name, tensor in tensors}, file)
+    """Write tensors as `torch.save` does, all at once: the format of the reference implementations.
+
+    Raises:
+        OSError: if the disk is full.
+    """
+    try:
+        torch.save({name: tensor.contiguous() for name, tensor in tensors}, file)
+    except RuntimeError as error:
+        raise OSError(f"{file}: {error}") from error
 
 
 def _shards(tensors: Iterable[tuple[str, Tensor]], most_bytes: int) -> Iterator[dict[str, Tensor]]:
