@@ -16,7 +16,7 @@ PASS = {"--batch-size", "--image-size", "--on-corrupt-image", "--overwrite"}
 RULE = {"--cutoff", "--cutoff-value", "--layer"}
 OPTIONS = {
     "analyze": {"model", "images", "--no-probes", "--pictured"} | PASS | RULE,
-    "compare": {"first", "second", "images", "--pictured"} | PASS | RULE,
+    "compare": {"models", "images", "--pictured"} | PASS | RULE,
     "probe": {"model", "images", "--draws"} | PASS | RULE,
     "discover": {
         "model",
@@ -44,11 +44,15 @@ OPTIONS = {
         "--keep-mask-token",
     }
     | {"--dtype", "--verify", "--to", "--overwrite"},
+    "registers": {"model", "images", "out", "--method", "--registers", "--top-k", "--top-layer", "--neurons"}
+    | {"--num-images", "--cls", "--init", "--pictured"}
+    | PASS
+    | RULE,
     "card": {"folder", "--model-id", "--license", "--overwrite"},
     "push": {"folder", "repo_id", "--private", "--revision", "--create-pr", "--tag", "--with-code", "--license"}
     | {"--message"},
 }
-WITHOUT_OUTPUT = {"card", "push", "convert"}
+WITHOUT_OUTPUT = {"card", "push", "convert", "registers"}
 
 
 def test_commands_and_options():
@@ -130,6 +134,25 @@ def test_compare_tells_what_differs(models, photos, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "plain differs from classifier in: " in told
     assert "Not in both models: attention of the first token on registers" in told
+
+
+def test_compare_takes_several_models(models, photos, tmp_path, capsys):
+    three = [str(models / name) for name in ("plain", "classifier", "foreign")]
+    assert main(["compare", *three, str(photos), "--output", str(tmp_path), "--pictured", "1"]) == 0
+    assert list(read(tmp_path)["models"]) == ["plain", "classifier", "foreign"]
+    told = capsys.readouterr().out
+    assert "On the same 21 images, compared with plain:\nclassifier" in told
+    assert "\nforeign" in told
+
+
+def test_an_interrupted_comparison_says_that_it_goes_on(models, photos, tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vitreg_hf.analysis.measure.measure_batch", interrupt)
+    plain = str(models / "plain")
+    assert main(["compare", plain, plain, str(photos), "--output", str(tmp_path)]) == 130
+    assert "what was measured is kept, the same command goes on" in capsys.readouterr().err
 
 
 def test_probe(models, photos, tmp_path, capsys):
@@ -223,6 +246,7 @@ def test_records_that_are_cut_off_name_themselves(models, photos, tmp_path, caps
             "8 x 8 divides, got 33 x 33",
         ),
         (["analyze", "{tmp}", "{photos}"], "config.json"),
+        (["compare", "{models}/plain", "{photos}"], "Expected 2 to 6 models to compare, got 1"),
         (["sinks", "{models}/classifier", "--texts", "{tmp}/none.txt"], "none.txt"),
         (["sinks", "{models}/classifier", "--texts", "{models}/plain/config.json"], "Expected a text model"),
         (["ablate", "{models}/classifier", "{photos}", "--tokens", "outliers"], "no outlier under this cutoff in 21"),

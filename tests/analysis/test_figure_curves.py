@@ -149,20 +149,68 @@ def test_a_state_without_a_number_is_a_gap(drawn):
     assert np.isnan(figures[-1].axes[1].get_lines()[0].get_ydata()).tolist() == [False, True, False, False]
 
 
+def difference(n, name="quantity {n} of patches"):
+    planted, none = {"low": 0.5, "mean": 1.0, "high": 1.5}, {"low": 0.0, "mean": 0.0, "high": 0.0}
+    told = {"difference": (planted, none)[n % 2], "differs": n % 2 == 0}
+    return {"name": name.format(n=n), "unit": "%", **told}
+
+
 @pytest.mark.parametrize("rows", [1, 12])
 def test_differences(drawn, rows):
     path, figures = drawn
-    planted = {"low": 0.5, "mean": 1.0, "high": 1.5}
-    none = {"low": 0.0, "mean": 0.0, "high": 0.0}
-    listed = [
-        {"name": f"quantity {n} of patches", "unit": "%", "difference": (planted, none)[n % 2], "differs": n % 2 == 0}
-        for n in range(rows)
-    ]
-    curves.differences(listed, LONG, LONG, path, title="Two models, 12 images")
+    curves.differences({LONG: [difference(n) for n in range(rows)]}, LONG, path, title="Two models, 12 images")
     assert len(figures[-1].axes) == rows
     colours = [axes.get_lines()[1].get_color() for axes in figures[-1].axes]
     assert colours == [curves.COLOURS[3] if n % 2 == 0 else curves.COLOURS[7] for n in range(rows)]
     assert all(axes.get_xlim()[0] < 0 < axes.get_xlim()[1] for axes in figures[-1].axes)
+    assert figures[-1].axes[0].get_title() == "quantity 0 of patches (%)"
+
+
+def test_differences_of_several_models_share_a_panel(drawn):
+    """Each quantity lists the models that have it, from above, and one that lacks it is left out."""
+    path, figures = drawn
+    rows = {
+        "with registers": [difference(0, "outliers"), difference(1, "area")],
+        LONG: [difference(1, "outliers")],
+        "tuned": [difference(1, "outliers"), difference(0, "area"), difference(0, "mass")],
+    }
+    curves.differences(rows, "original", path, title="Four models, 12 images")
+    titles = [axes.get_title() for axes in figures[-1].axes]
+    assert titles == ["outliers (%)", "area (%)", "mass (%)"]
+    labels = [[label.get_text() for label in axes.get_yticklabels()] for axes in figures[-1].axes]
+    assert labels[0] == ["with registers", fitted(LONG, 2.4, 8), "tuned"]
+    assert labels[1:] == [["with registers", "tuned"], ["tuned"]]
+    dots = [axes.get_lines()[2::2] for axes in figures[-1].axes]
+    assert [[tuple(dot.get_xydata()[0]) for dot in panel] for panel in dots] == [
+        [(1.0, 0), (0.0, 1), (0.0, 2)],
+        [(0.0, 0), (1.0, 1)],
+        [(1.0, 0)],
+    ]
+    assert all(axes.yaxis_inverted() for axes in figures[-1].axes)
+    assert "each minus original" in figures[-1]._suptitle.get_text()
+
+
+@pytest.mark.parametrize("count", [1, 4, 6])
+def test_equal_curves_of_several_models_do_not_hide_one_another(drawn, count):
+    path, figures = drawn
+    named = {f"{n} {LONG}": states(5, 0.1) for n in range(count)}
+    curves.layer_curves(named, path, title="title")
+    norm, share = figures[-1].axes
+    for lines in (norm.get_lines()[::2], share.get_lines()):
+        widths = [line.get_linewidth() for line in lines]
+        assert len(set(widths)) == count
+        assert widths == sorted(widths, reverse=True)  # drawn from wide to narrow
+        assert len({line.get_color() for line in lines}) == count
+    assert [name.replace("\n", " ") for name in legend_of(figures[-1])] == list(named)
+
+
+def test_histograms_of_many_models_have_no_areas(drawn):
+    path, figures = drawn
+    norms = {f"{name} {LONG}": np.random.default_rng(0).lognormal(3, 0.3, 500) for name in "abcd"}
+    curves.norm_histogram(norms, dict.fromkeys(norms, 40.0), path, title="title")
+    filled = [patch for patch in figures[-1].axes[0].patches if patch.get_fill()]
+    assert [patch.get_alpha() for patch in filled] == [0.0] * 4
+    assert len(legend_of(figures[-1])) == 8
 
 
 def test_more_models_than_colours_are_all_drawn(drawn):

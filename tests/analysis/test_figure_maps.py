@@ -115,6 +115,15 @@ def test_many_columns_and_fine_maps(drawn):
     assert [axes.get_title() for axes in figures[-1].axes[:10]] == ["input", *(f"head {n}" for n in range(9))]
 
 
+def test_long_names_of_columns_are_broken(drawn):
+    path, figures = drawn
+    columns = [(f"{n} {LONG}", np.random.default_rng(n).random((1, 4, 4)), "viridis") for n in range(3)]
+    maps.map_sheet(columns, photos(1), path, captions=captions(1), title="title", label="label")
+    headings = [axes.get_title() for axes in figures[-1].axes[1:4]]
+    assert all(max(len(line) for line in heading.split("\n")) <= 27 for heading in headings)
+    assert len(headings[0].split("\n")) > 3
+
+
 # Tokens
 
 

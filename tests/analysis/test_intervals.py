@@ -29,6 +29,14 @@ def test_the_interval_is_as_wide_as_theory_says():
     assert found == mean_interval(values)  # repeatable
 
 
+@pytest.mark.parametrize(("confidence", "resamples"), [(0.95, 2_000), (0.99, 2_000), (1 - 0.05 / 25, 10_000)])
+def test_ends_of_wide_intervals_are_no_single_resamples(monkeypatch, confidence, resamples):
+    asked, real = [], intervals.bootstrap
+    monkeypatch.setattr(intervals, "bootstrap", lambda *a, **o: asked.append(o["n_resamples"]) or real(*a, **o))
+    mean_interval(np.arange(30.0), confidence=confidence)
+    assert asked == [resamples]
+
+
 def test_equal_values_have_no_width():
     assert mean_interval(np.full(10, 0.1)) == Interval(pytest.approx(0.1), pytest.approx(0.1), pytest.approx(0.1), 10)
 

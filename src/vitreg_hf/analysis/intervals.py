@@ -9,6 +9,7 @@ from scipy.stats import bootstrap
 
 CONFIDENCE = 0.95
 _RESAMPLES = 2_000
+_BEYOND_EACH_END = 10  # resamples at least; the ends of wide intervals would be those of one or two else
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def mean_interval(values: NDArray[np.float64], seed: int = 0, confidence: float 
     resampled = bootstrap(
         (present,),
         np.mean,
-        n_resamples=_RESAMPLES,
+        n_resamples=max(_RESAMPLES, round(2 * _BEYOND_EACH_END / (1 - confidence))),
         batch=max(1, 10_000_000 // present.size),  # bounds memory
         confidence_level=confidence,
         method="percentile",

@@ -182,7 +182,7 @@ def measure(subject: Subject, images: ImageFiles, how: Pass, folder: Path) -> Re
     processor = hashlib.sha256(f"{subject.preprocess!r} {how.image_size}".encode()).hexdigest()[:16]
     facts = {
         "model": subject.name,
-        "weights": fingerprint(subject.model.state_dict().items()),
+        "weights": fingerprint(subject.model.state_dict().items()) + _moved_neurons(subject),
         "image processor": processor,
     }
     records.claim({**facts, "images": images.fingerprint()}, how.overwrite)
@@ -198,6 +198,15 @@ def measure(subject: Subject, images: ImageFiles, how: Pass, folder: Path) -> Re
             )
     records.check()
     return records
+
+
+def _moved_neurons(subject: Subject) -> str:
+    """What tells models apart that compute something else with the same weights; empty for any other model."""
+    config: Any = getattr(subject.model, "config", None)
+    if not getattr(config, "register_neurons", None):
+        return ""
+    fields = {n: value for n, value in config.to_dict().items() if "test_time_register" in n or "register_neuron" in n}
+    return f" {hashlib.sha256(repr(sorted(fields.items())).encode()).hexdigest()[:16]}"
 
 
 def _measure_some(subject: Subject, files: Sequence[Path], start: int, how: Pass, bar: Any) -> Arrays:

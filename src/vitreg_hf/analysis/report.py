@@ -18,7 +18,7 @@ img { max-width: 100%; height: auto } figure { margin: 1.2em 0 } figcaption { co
 table { border-collapse: collapse; margin: 1em 0 } th { background: #f3f3f3 }
 th, td { border: 1px solid #ccc; padding: .25em .6em; text-align: right }
 th:first-child, td:first-child, caption { text-align: left } caption { color: #444 }
-.lead { font-size: 1.15em }
+.lead { font-size: 1.15em; white-space: pre-line }
 """
 
 

@@ -51,7 +51,7 @@ def _kept(options: argparse.Namespace) -> str:
         return ": nothing was written"
     if options.command == "push":
         return ": nothing here was changed, the same command completes it"
-    measured = "output" in options and (options.output / "records").is_dir()
+    measured = "output" in options and any(options.output.glob("records*"))  # compare has one folder per model
     return ": what was measured is kept, the same command goes on" if measured else ""
 
 

@@ -20,13 +20,13 @@ def add_measuring(commands: Any) -> None:
     one.add_argument("--no-probes", action="store_true", help="train no probes, which takes most of the time on a CPU")
     one.add_argument("--pictured", type=int, default=5, help="images that are drawn (default: 5)")
 
-    two = add_command(commands, "compare", _compare, "two models on the same images, with intervals")
-    two.add_argument("first", help="folder or Hub id of a vision model")
-    two.add_argument("second", help="folder or Hub id of another one")
-    two.add_argument("images", help=IMAGES)
-    add_pass(two)
-    add_rule(two)
-    two.add_argument("--pictured", type=int, default=5, help="images that are drawn (default: 5)")
+    several = add_command(commands, "compare", _compare, "models side by side on the same images, with intervals")
+    models = "folders or Hub ids of two to six vision models, of which the first is what the others are compared with"
+    several.add_argument("models", nargs="+", metavar="model", help=models)
+    several.add_argument("images", help=IMAGES)
+    add_pass(several)
+    add_rule(several)
+    several.add_argument("--pictured", type=int, default=5, help="images that are drawn (default: 5)")
 
     probe = add_command(commands, "probe", _probe, "the paper's Table 1: classify images from one token")
     probe.add_argument("model", help="folder or Hub id of a vision model")
@@ -98,10 +98,10 @@ def _analyze(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     from vitreg_hf.analysis.analyze import AnalyzeSettings
-    from vitreg_hf.analysis.compare import compare, lead
+    from vitreg_hf.analysis.compare import compare_models, lead
 
     settings = AnalyzeSettings(*_settings(options), probes=False, pictured=options.pictured)
-    print(lead(compare(options.first, options.second, options.images, options.output, settings)))
+    print(lead(compare_models(options.models, options.images, options.output, settings)))
     _print_report(options.output)
 
 

@@ -12,12 +12,15 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from vitreg_hf.analysis.figures.canvas import fitted, new_figure, plain_ticks, save
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:gray")
+_FILLED_UP_TO = 2  # models: more areas over one another are mud
+_NAME_WIDTH = 2.4  # inches of a model's name beside a panel
 _NORM = "L2 norm of patch tokens before the final norm"
 
 
@@ -28,17 +31,17 @@ def norm_histogram(norms: Mapping[str, NDArray[Any]], cutoffs: Mapping[str, floa
     highest = max(*(float(values.max()) for values in norms.values()), *cutoffs.values())
     lowest = min(float(values.min()) for values in norms.values())
     edges = np.linspace(min(0.0, lowest), highest * 1.02, 80)
-    for (name, values), colour in zip(norms.items(), cycle(COLOURS)):
-        shares = np.full(len(values), 100 / len(values))
-        label = f"{name}, {len(values):,} patches"
-        axes.hist(
-            values, bins=list(edges), weights=shares, histtype="stepfilled", alpha=0.35, color=colour, label=label
-        )
-        axes.axvline(cutoffs[name], color=colour, linestyle="--", label=f"cutoff of {name}: {cutoffs[name]:.3g}")
+    filled = 0.25 if len(norms) <= _FILLED_UP_TO else 0.0
+    for (name, values), (colour, width) in zip(norms.items(), _lines(len(norms)), strict=True):
+        shares, bins = np.full(len(values), 100 / len(values)), list(edges)
+        axes.hist(values, bins=bins, weights=shares, histtype="stepfilled", alpha=filled, color=colour)
+        label, cutoff = f"{name}, {len(values):,} patches", f"cutoff of {name}: {cutoffs[name]:.3g}"
+        axes.hist(values, bins=bins, weights=shares, histtype="step", color=colour, linewidth=width, label=label)
+        axes.axvline(cutoffs[name], color=colour, linestyle="--", linewidth=width, label=cutoff)
     axes.set(yscale="log", xlabel=_NORM, ylabel="share of patches (%), log scale", title=fitted(title, 7))
     axes.set_xlim(left=edges[0])
     plain_ticks(axes.yaxis)
-    axes.legend(fontsize=8)
+    _legend_below(figure, axes)
     save(figure, path)
 
 
@@ -46,24 +49,43 @@ def layer_curves(layers: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, 
     """Norms of patches and the share of outliers after every layer (Fig. 4a of the paper), one colour per model."""
     figure = new_figure(10, 4.4)
     norm, share = figure.subplots(1, 2)
-    for (name, states), colour in zip(layers.items(), cycle(COLOURS)):
+    filled = 0.2 if len(layers) <= _FILLED_UP_TO else 0.08
+    for (name, states), (colour, width) in zip(layers.items(), _lines(len(layers)), strict=True):
+        line: Any = {"color": colour, "linewidth": width}
         places = [state["layer"] for state in states]
         low, high = ([state[f"norm_percentile_{p}"] for state in states] for p in (2, 98))
-        norm.fill_between(places, low, high, alpha=0.2, color=colour, label=f"{name}: 2nd to 98th percentile")
-        norm.plot(places, [state["norm_median"] for state in states], color=colour, label=f"{name}: median")
-        norm.plot(places, [state["norm_max"] for state in states], ":", color=colour, label=f"{name}: largest")
-        share.plot(places, [100 * state["outlier_share"] for state in states], "o-", ms=3, color=colour, label=name)
-    norm.set(yscale="log", ylabel="L2 norm of patch tokens, log scale", title="Norms")
-    share.set(ylabel="patches above the cutoff (%)", title="Outliers (cutoff of the layer that decides)")
+        norm.fill_between(places, low, high, alpha=filled, color=colour)
+        norm.plot(places, [state["norm_median"] for state in states], label=name, **line)
+        norm.plot(places, [state["norm_max"] for state in states], ":", **line)
+        share.plot(places, [100 * state["outlier_share"] for state in states], "o-", ms=2 + width, **line)
+    norm.set(yscale="log", ylabel="L2 norm of patch tokens, log scale")
+    norm.set_title("Norms (line: median, dotted: largest,\nband: 2nd to 98th percentile)", fontsize=11)
+    share.set(ylabel="patches above the cutoff (%)")
+    share.set_title("Outliers (cutoff of the layer that decides)", fontsize=11)
     share.set_ylim(-0.03 * (top := _room_above(share)), top)
     plain_ticks(norm.yaxis)
     for axes in (norm, share):
         _over_layers(axes)
-    # Below, one column per model: inside it would cover the curve of the largest norms.
-    columns = min(3, len(layers))
-    figure.legend(*norm.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=columns)
+    _legend_below(figure, norm)
     figure.suptitle(fitted(title, 10))
     save(figure, path)
+
+
+def _lines(models: int) -> list[tuple[str, float]]:
+    """Colour and width of each model's lines: earlier ones are wider, so that equal curves do not hide one another."""
+    step = min(1.0, 3 / max(models - 1, 1))
+    return [(COLOURS[i % len(COLOURS)], 1.5 + step * (models - 1 - i)) for i in range(models)]
+
+
+def _legend_below(figure: Figure, axes: Axes) -> None:
+    """A legend below, where it covers no curve, in as many columns as the width holds; a model stays in one."""
+    handles, labels = axes.get_legend_handles_labels()
+    names = [fitted(label, figure.get_figwidth() - 1, 8) for label in labels]
+    inches = 0.5 + 0.062 * max(len(line) for name in names for line in name.split("\n"))
+    columns = int(np.clip(figure.get_figwidth() // inches, 1, len(names)))
+    lines = sum(1 + name.count("\n") for name in names) / columns
+    figure.set_figheight(figure.get_figheight() + 0.17 * lines)  # or many long names would leave no room for curves
+    figure.legend(handles, names, fontsize=8, loc="outside lower center", ncols=columns)
 
 
 def _whole_numbers() -> MaxNLocator:
@@ -153,33 +175,56 @@ def channel_curves(layers: Mapping[str, Sequence[Mapping[str, Any]]], path: Path
         ("sigma_outliers", "Beyond 6 standard deviations", "values per image", "linear"),
     )
     for axes, (key, heading, label, scale) in zip(figure.subplots(1, 3), drawn, strict=True):
-        for (name, states), colour in zip(layers.items(), cycle(COLOURS)):
+        for (name, states), (colour, width) in zip(layers.items(), _lines(len(layers)), strict=True):
             places = [state["layer"] for state in states]
             values = [np.nan if state[key] is None else state[key] for state in states]  # not drawn
-            axes.plot(places, values, "o-", markersize=3, color=colour, label=name)
+            axes.plot(places, values, "o-", markersize=2 + width, color=colour, linewidth=width, label=name)
         axes.set(title=heading, ylabel=label, yscale=scale)
         if scale == "log":
             plain_ticks(axes.yaxis)
         else:
             axes.set_ylim(bottom=0)
         _over_layers(axes)
-    axes.legend(fontsize=8)
+    _legend_below(figure, axes)
     figure.suptitle(fitted(title, 12))
     save(figure, path)
 
 
-def differences(rows: Sequence[Mapping[str, Any]], first: str, second: str, path: Path, *, title: str) -> None:
-    """One line per quantity: the mean difference between two models with its 95 % interval, in its own unit."""
-    figure = new_figure(8.5, 0.62 * len(rows) + 1.4)
-    for axes, row in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
-        low, mean, high = (row["difference"][key] for key in ("low", "mean", "high"))
-        colour = COLOURS[3] if row["differs"] else COLOURS[7]
-        axes.axvline(0, color="black", linewidth=0.8)
-        axes.plot([low, high], [0, 0], color=colour, linewidth=3)
-        axes.plot([mean], [0], "o", color=colour)
-        width = (max(abs(low), abs(high)) or 1.0) * 1.25
-        axes.set(xlim=(-width, width), yticks=[0], yticklabels=[f"{row['name']} ({row['unit']})"], ylim=(-1, 1))
-        axes.tick_params(labelsize=8)
-    heading = f"{title}\n{second} minus {first}, mean and interval (all hold in 95 % of cases); red: excludes 0"
+def differences(rows: Mapping[str, Sequence[Mapping[str, Any]]], first: str, path: Path, *, title: str) -> None:
+    """One panel per quantity, in its own unit: mean difference of every later model to the first, with its interval.
+
+    Args:
+        rows: of `differences.differences`, by later model; not every model has to have every quantity.
+        first: the model that the others are compared with.
+        path: PNG to write.
+        title: how many models and images.
+    """
+    quantities = list(dict.fromkeys(row["name"] for some in rows.values() for row in some))
+    labels = {name: fitted(name, _NAME_WIDTH, 8) for name in rows}
+    listed = [
+        [(labels[name], row) for name, some in rows.items() for row in some if row["name"] == quantity]
+        for quantity in quantities
+    ]
+    lines = [sum(1 + label.count("\n") for label, _ in panel) for panel in listed]
+    figure = new_figure(8.5, sum(0.62 + 0.2 * count for count in lines) + 1.2)
+    panels = figure.subplots(len(listed), 1, squeeze=False, gridspec_kw={"height_ratios": [2 + n for n in lines]})
+    for axes, panel in zip(panels[:, 0], listed, strict=True):
+        _difference_panel(axes, panel)
+    heading = f"{title}\neach minus {first}: mean and interval (all hold in 95 % of cases); red: differs"
     figure.suptitle(fitted(heading, 8.5, 10), fontsize=10)
     save(figure, path)
+
+
+def _difference_panel(axes: Axes, panel: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    axes.axvline(0, color="black", linewidth=0.8)
+    width = 0.0
+    for place, (_, row) in enumerate(panel):
+        low, mean, high = (row["difference"][key] for key in ("low", "mean", "high"))
+        colour = COLOURS[3] if row["differs"] else COLOURS[7]
+        axes.plot([low, high], [place, place], color=colour, linewidth=3)
+        axes.plot([mean], [place], "o", color=colour)
+        width = max(width, abs(low), abs(high))
+    axes.set(xlim=(-1.25 * (width or 1.0), 1.25 * (width or 1.0)), ylim=(len(panel) - 0.4, -0.6))
+    axes.set_yticks(range(len(panel)), [label for label, _ in panel])
+    axes.set_title(f"{panel[0][1]['name']} ({panel[0][1]['unit']})", fontsize=9)
+    axes.tick_params(labelsize=8)

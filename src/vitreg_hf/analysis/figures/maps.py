@@ -132,7 +132,7 @@ def map_sheet(
             else:
                 drawn = draw_map(axes, maps[row], image.shape[:2], highest=high, lowest=low, colours=colours)
     for axes, name in zip(grid[0], ["input", *(name for name, _, _ in columns)], strict=True):
-        axes.set_title(name, fontsize=9)
+        axes.set_title(fitted(name, 1.9, 9), fontsize=9)
     if drawn is not None:  # colour pictures need no bar
         colour_bar(figure, drawn, grid[:, 1:], label)
     figure.suptitle(fitted(title, figure.get_figwidth()))
