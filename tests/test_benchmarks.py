@@ -44,3 +44,24 @@ def test_a_wrong_number_is_refused(capsys):
     with pytest.raises(SystemExit):
         run("stochastic_depth", "--repetitions", "0")
     assert "expected a positive number in --repetitions, got 0" in capsys.readouterr().err
+
+
+def test_conversion_memory_measures_a_conversion(tmp_path, capsys):
+    output, other = tmp_path / "memory.json", {"size": "large", "files": 1}
+    output.write_text(json.dumps({"rows": [other]}))
+    run("conversion_memory", "--size", "tiny", "--shard_gigabytes", "0.0005", "--output", str(output))
+    results = json.loads(output.read_text())
+    row, kept = results["rows"]
+    assert kept == other
+    assert row["files"] > 1
+    assert row["largest_file_gigabytes"] < row["weights_gigabytes"]
+    assert row["resident_gigabytes"] > row["anonymous_gigabytes"] > 0
+    assert {"machine", "versions"} < results.keys()
+    assert f"written: {output}" in capsys.readouterr().out
+
+
+def test_converting_took_no_more_memory_than_one_file_of_the_result():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "conversion_memory.json").read_text())["rows"]
+    assert {("large", 1), ("giant", 1)} < {(row["size"], row["files"]) for row in rows}
+    for row in rows:
+        assert row["anonymous_gigabytes"] < 1.1 * row["largest_file_gigabytes"], row["size"]
