@@ -225,13 +225,18 @@ def test_registers_that_start_as_average_patches_hardly_change_outputs(registers
         assert distances.min() > 0.1
 
 
-def test_the_average_patch_is_what_the_first_block_gets(images):
-    for fields in ({}, {"embedding_norm": True}, {"registers": 2}):
-        model = planted_network(**fields)
-        expected = said(model, images.pixels).hidden_states[0][:, -36:].mean((0, 1))
+def test_the_average_patch_is_what_joins_registers(images):
+    """What the first block gets, before the norm of the embeddings, which registers go through too."""
+    for fields in ({}, {"embedding_norm": True}, {"registers": 2}, {"hidden_dropout_prob": 0.5}):
+        model = planted_network(**fields).train()
+        without_norm = copy.deepcopy(model).eval()
+        without_norm.embeddings.norm = torch.nn.Identity()
+        expected = said(without_norm, images.pixels).hidden_states[0][:, -36:].mean((0, 1))
         torch.testing.assert_close(mean_patch(model, images.pixels, batch_size=3), expected, atol=1e-5, rtol=1e-5)
         by_files = mean_patch(model, images.folder, processor_for(model))
         torch.testing.assert_close(by_files, expected, atol=1e-5, rtol=1e-5)
+        assert model.training
+        assert not model.embeddings.norm._forward_pre_hooks
 
 
 def test_gradients_reach_new_registers_each_its_own(images):

@@ -101,7 +101,7 @@ def add_registers(model: Model, num_registers: int, initial: Tensor | None = Non
     Args:
         model: of this family, with or without registers already.
         num_registers: how many to add, behind those that are there.
-        initial: average patch as the first block gets it, `(D,)`: `mean_patch`. None: small random vectors, which
+        initial: average patch, `(D,)`, of `mean_patch`. None: small random vectors, which
             change outputs a little more.
         seed: of the differences.
 

@@ -25,12 +25,27 @@ def mean_patch(
     batch_size: int = 8,
     image_size: int | None = None,
 ) -> Tensor:
-    """The average patch as the first block gets it, `(D,)`, for `add_registers`; arguments as in `mean_register`."""
+    """The average patch `(D,)` that added registers start from; arguments as in `mean_register`.
+
+    With its position, and before the norm of the embeddings if there is one: there, registers join the patches. Only
+    the embeddings are computed.
+    """
     batches = batches_of(images, processor, num_images, batch_size, image_size)
-    with evaluated(model):
-        subject = subject_of(model, device=str(model.device))
-        readers = Readers(hidden=lambda i, x: subject.layout.patch_tokens(x).double().mean((0, 1)) if i == 0 else None)
-        means = [(read(subject, pixels, readers).hidden[0], len(pixels)) for pixels in batches()]
+    embeddings = cast(ViTRegModel, model.base_model).embeddings
+    means: list[tuple[Tensor, int]] = []
+
+    def keep(_: Any, inputs: tuple[Tensor, ...]) -> None:
+        patches = embeddings.layout.patches_without_test_time(inputs[0])
+        means.append((patches.double().mean((0, 1)).cpu(), len(patches)))
+
+    joined = embeddings.norm.register_forward_pre_hook(keep)
+    try:
+        with evaluated(model), torch.inference_mode():
+            model.eval()
+            for pixel_values in batches():
+                embeddings(pixel_values.to(model.device, model.dtype))
+    finally:
+        joined.remove()
     total = sum(count for _, count in means)
     return torch.stack([mean * count / total for mean, count in means]).sum(dim=0).float()
 
