@@ -176,6 +176,16 @@ def test_ablate(models, photos, tmp_path, tokens, capsys):
     assert "zero: cosine" in capsys.readouterr().out
 
 
+def test_registers(models, photos, tmp_path, capsys):
+    command = ["registers", str(models / "plain"), str(photos), str(tmp_path / "mended"), "--top-k", "2"]
+    assert main([*command, "--cutoff", "percentile", "--cutoff-value", "80", "--pictured", "2"]) == 0
+    read(tmp_path / "mended" / "report")
+    assert ViTRegModel.from_pretrained(tmp_path / "mended").config.num_test_time_registers == 1
+    told = capsys.readouterr().out
+    assert "2 register neurons of " in told
+    assert "accuracy of 10 nearest neighbours" in told
+
+
 def test_discover(models, tmp_path, capsys):
     root = tmp_path / "VOC2007"
     for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
