@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitreg_hf.conversion.convert import CONVERSION, plan_conversion
+from vitreg_hf.conversion.convert import plan_conversion
 from vitreg_hf.conversion.layout import Told, Writing, check_depth, own_shapes
 from vitreg_hf.conversion.layouts import named_layout
 from vitreg_hf.conversion.rules import Row, rows_of
-from vitreg_hf.conversion.stored import Source, StoredTensor, open_source, read_json, stored
+from vitreg_hf.conversion.stored import CONVERSION, Source, StoredTensor, open_source, read_json, stored
 from vitreg_hf.conversion.writing import check_new, new_folder, write_json, write_safetensors, write_torch
 from vitreg_hf.model.configuration_vitreg import ViTRegConfig
 

@@ -18,14 +18,13 @@ from vitreg_hf.conversion.layout import Layout, Reading, Told, check_depth, empt
 from vitreg_hf.conversion.layouts import named_layout, recognised
 from vitreg_hf.conversion.report import Report
 from vitreg_hf.conversion.rules import Row, rows_of
-from vitreg_hf.conversion.stored import Source, open_source
+from vitreg_hf.conversion.stored import CONVERSION, Source, open_source
 from vitreg_hf.conversion.training_files import unwrapped
 from vitreg_hf.conversion.writing import check_new, new_folder, write_json, write_safetensors
 from vitreg_hf.model.configuration_vitreg import ViTRegConfig
 from vitreg_hf.model.image_processing_pil_vitreg import ViTRegImageProcessorPil
 from vitreg_hf.model.image_processing_vitreg import ViTRegImageProcessor
 
-CONVERSION = "conversion.json"
 _OF_WRONG_TYPES = (TypeError, AttributeError, LookupError, ArithmeticError)
 _NAMED = 5  # tensors named in one message; a missing block has dozens
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from vitreg_hf.model.checkpoint_checks import check_header
 from vitreg_hf.model.configuration_checks import MOST_BYTES
 
 CONFIGS = ("config.json", "open_clip_config.json")
+CONVERSION = "conversion.json"  # of a checkpoint of this family that was another's: what became of it
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 # In the order in which they are preferred; those after the first are pickles, read as tensors alone.
 _SINGLE_FILES = (
@@ -247,17 +249,42 @@ def _indexed(folder: Path, index: str, content: dict[str, Any]) -> dict[str, Sto
 
 
 def _fetched(repository: str, revision: str | None) -> Path:
-    """Fetch what is needed of a repository; of its weights one form, safetensors if there are any."""
-    files = HfApi().list_repo_files(repository, revision=revision)
-    wanted = [name for name in files if name in (*CONFIGS, *PROCESSORS)]
+    """Fetch what is needed of a repository; of its weights one form, safetensors if there are any.
+
+    Raises:
+        ValueError: if it has several files of weights, none of which is preferred.
+        OSError: if the Hub refuses it, or is not reached and the repository is not in its cache.
+    """
+
+    def fetch(names: list[str], **options: Any) -> Path:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=names, **options))
+
+    try:
+        # not list_repo_files, which waits half a minute for a Hub that does not answer
+        siblings = HfApi().model_info(repository, revision=revision).siblings or []
+        files = [file.rfilename for file in siblings if "/" not in file.rfilename]
+        wanted = [name for name in files if name in (*CONFIGS, *PROCESSORS, CONVERSION)]
+        weights = _weights_among(files, repository)
+        if weights in _INDICES:
+            wanted.append(weights)
+            mapped = (read_json(fetch(wanted) / weights) or {}).get("weight_map")
+            return fetch(wanted + [str(name) for name in set(mapped.values())] if isinstance(mapped, dict) else wanted)
+        return fetch([*wanted, weights])
+    except HfHubHTTPError as error:
+        raise OSError(f"Expected {repository} on the Hub, got: {' '.join(str(error).split())}") from error
+    except (HTTPError, ConnectionError) as error:
+        try:
+            return fetch(list(CONFIGS), local_files_only=True)
+        except OSError:
+            raise ConnectionError(f"Expected {repository} on the Hub or in its cache, got neither: {error}") from error
+
+
+def _weights_among(files: list[str], repository: str) -> str:
     for chosen in (_INDICES[:1], _SINGLE_FILES[:2], _INDICES[1:], _SINGLE_FILES[2:]):
         if found := [name for name in chosen if name in files]:
-            wanted += found[:1]
-            break
-    if any(name.endswith(_INDICES[0]) for name in wanted):
-        wanted += [name for name in files if name.endswith(".safetensors") and "/" not in name]
-    elif any(name == _INDICES[1] for name in wanted):
-        wanted += [name for name in files if name.endswith(".bin") and "/" not in name]
-    elif not found:
-        wanted += [name for name in files if "/" not in name and name.endswith((".safetensors", *_PICKLES))][:1]
-    return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
+            return found[0]
+    others = [name for name in files if name.endswith((".safetensors", *_PICKLES))]
+    if len(others) != 1:
+        got = f"several: {', '.join(others[:5])}; download one and name its path" if others else "none"
+        raise ValueError(f"Expected one file of weights in {repository}, got {got}")
+    return others[0]
