@@ -9,8 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from vitreg_hf import ViTRegModel, add_test_time_registers, convert_checkpoint, find_register_neurons
 from vitreg_hf.conversion.back import export_checkpoint
-
-from .conftest import BLUE, FREE, planted_network, planted_neurons, processor_for
+from vitreg_hf.register_neurons.planted import BLUE, FREE, planted_network, planted_neurons, processor_for
 
 WIDE = {"hidden_size": 384, "intermediate_size": 1536}  # 64 channels per head where no config tells their number
 SCALED = {"layerscale_value": 1.0, "position_interpolation_antialias": False, "intermediate_size": 384}

@@ -18,8 +18,7 @@ from vitreg_hf import (
 from vitreg_hf.analysis.images import find_images
 from vitreg_hf.analysis.outliers import OutlierRule
 from vitreg_hf.register_neurons import finding
-
-from .conftest import planted_network, planted_neurons, processor_for
+from vitreg_hf.register_neurons.planted import planted_network, planted_neurons, processor_for
 
 VARIANTS = {
     "MLP": {},

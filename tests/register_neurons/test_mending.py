@@ -24,8 +24,7 @@ from vitreg_hf.conversion.back import export_checkpoint
 from vitreg_hf.hub.folder_checks import check_folder
 from vitreg_hf.register_neurons import mending
 from vitreg_hf.register_neurons.mending import MendSettings, mend
-
-from .conftest import planted_network, planted_neurons, processor_for, write_images
+from vitreg_hf.register_neurons.planted import planted_network, planted_neurons, processor_for, write_images
 
 FILES = {"config.json", "model.safetensors", "preprocessor_config.json", "registers.json"}
 

@@ -11,10 +11,9 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 from vitreg_hf import ViTRegForImageClassification, ViTRegModel, add_test_time_registers, bias_from_images
 from vitreg_hf.conversion.back import export_checkpoint
 from vitreg_hf.hub.folder_checks import check_folder
+from vitreg_hf.register_neurons.planted import planted_network, planted_neurons, processor_for
 from vitreg_hf.register_neurons.ranking import RegisterNeuron, RegisterNeurons
 from vitreg_hf.training.finetuning import load_for_finetuning
-
-from .conftest import planted_network, planted_neurons, processor_for
 
 KINDS = ["MLP", "SwiGLU", "two registers", "bias of attention"]
 LABELS = {0: "owl", 1: "newt", 2: "cat"}

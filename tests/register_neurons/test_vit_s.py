@@ -7,8 +7,7 @@ import torch
 
 from vitreg_hf import add_test_time_registers, find_register_neurons
 from vitreg_hf.register_neurons.adding import with_config
-
-from .conftest import SINK_HEADS, planted_neurons, planted_vit_s
+from vitreg_hf.register_neurons.planted import SINK_HEADS, planted_neurons, planted_vit_s
 
 BLOCKS, ATTENDING = 12, 7  # from this block on, heads attend to the vector
 

@@ -7,7 +7,7 @@ Shapes: B images, h heads of d channels, D channels of the residual stream, L bl
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitreg_hf.analysis.extract import read, subject_of
 from vitreg_hf.analysis.recorder import AttentionCall, Readers
@@ -32,20 +32,16 @@ def mean_patch(
     """
     batches = batches_of(images, processor, num_images, batch_size, image_size)
     embeddings = cast(ViTRegModel, model.base_model).embeddings
-    means: list[tuple[Tensor, int]] = []
-
-    def keep(_: Any, inputs: tuple[Tensor, ...]) -> None:
-        patches = embeddings.layout.patches_without_test_time(inputs[0])
-        means.append((patches.double().mean((0, 1)).cpu(), len(patches)))
-
-    joined = embeddings.norm.register_forward_pre_hook(keep)
+    norm, means = embeddings.norm, []
+    embeddings.norm = nn.Identity()
     try:
         with evaluated(model), torch.inference_mode():
             model.eval()
             for pixel_values in batches():
-                embeddings(pixel_values.to(model.device, model.dtype))
+                tokens = embeddings(pixel_values.to(model.device, model.dtype)).tokens
+                means.append((embeddings.layout.patch_tokens(tokens).double().mean((0, 1)).cpu(), len(tokens)))
     finally:
-        joined.remove()
+        embeddings.norm = norm
     total = sum(count for _, count in means)
     return torch.stack([mean * count / total for mean, count in means]).sum(dim=0).float()
 
