@@ -254,6 +254,18 @@ DAMAGE = {
         change(norm__bias=torch.ones(128, dtype=torch.complex64)),
         r"norm\.bias of type torch\.complex64",
     ),
+    "numbers of eight bits": (
+        change(norm__bias=torch.ones(128).to(torch.float8_e4m3fn)),
+        r"norm\.bias of type torch\.float8_e4m3fn, expected floating point of 16 bits",
+    ),
+    "a tensor without values": (
+        change(blocks__1__mlp__fc2__bias=torch.empty(128, device="meta")),
+        r"blocks\.1\.mlp\.fc2\.bias: a tensor that is .*empty",
+    ),
+    "one value for all of a matrix": (
+        change(blocks__1__mlp__fc1__weight=torch.ones(1, 1).expand(512, 128)),
+        r"blocks\.1\.mlp\.fc1\.weight: .*view of fewer values",
+    ),
     "a missing block": (
         lambda w: [w.pop(name) for name in list(w) if name.startswith("blocks.0.")],
         "numbered through|tensor 'blocks.0",

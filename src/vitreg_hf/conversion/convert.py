@@ -207,8 +207,8 @@ def _misshapen(source: Source, shapes: Mapping[str, tuple[int, ...]], rows: Sequ
         if row.foreign not in source.tensors:
             continue
         stored = source.tensors[row.foreign]
-        if not stored.dtype.is_floating_point:
-            yield f"{row.foreign} of type {stored.dtype}, expected floating point"
+        if not stored.dtype.is_floating_point or stored.dtype.itemsize < 2:
+            yield f"{row.foreign} of type {stored.dtype}, expected floating point of 16 bits or more"
             continue
         try:
             read = row.rule.read(stored.like())

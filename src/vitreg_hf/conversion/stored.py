@@ -184,7 +184,14 @@ def _slice(opened: Any, key: str) -> StoredTensor:
 
 def stored(tensor: Tensor) -> StoredTensor:
     """A tensor that is there already."""
-    return StoredTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+    return StoredTensor(tuple(tensor.shape), tensor.dtype, lambda: _held(tensor))
+
+
+def _held(tensor: Tensor) -> Tensor:
+    """The tensor if it has a value of its own for every place; a file of some bytes can claim one of terabytes."""
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise ValueError("a tensor that is sparse, empty or a view of fewer values than it has")
+    return tensor
 
 
 def _flattened(content: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, StoredTensor]]:
