@@ -358,6 +358,17 @@ def test_classification_of_other_models_is_that_of_transformers():
     assert ours(images, top_k=2) == theirs(images, top_k=2)
 
 
+def test_classification_computes_of_the_last_layer_what_it_reads(make):
+    classify, seen = make("image-classification"), []
+    classify.model.vitreg.layers[-1].register_forward_hook(lambda *call: seen.append(call[-1].shape[1]))
+    found = classify(photos(1))[0]
+    assert seen == [1]
+    with torch.no_grad():
+        logits = classify.model(**classify.image_processor(photos(1), return_tensors="pt")).logits[0]
+    expected = logits.softmax(-1).sort(descending=True).values[: len(found)]
+    np.testing.assert_allclose([entry["score"] for entry in found], expected, atol=1e-6)
+
+
 def test_segmentation_is_that_of_transformers(make):
     ours = make("image-segmentation")
     theirs = ImageSegmentationPipeline(model=ours.model, image_processor=processor(), device="cpu")

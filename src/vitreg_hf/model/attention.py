@@ -58,9 +58,15 @@ def eager_attention_forward(
 def _placed(
     query: Tensor, key: Tensor, value: Tensor, rotation: Rotation | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Views by head, `(B, h, N, d)` of `(B, N, h, d)`; queries and keys turned if positions are rotary."""
+    """Views by head, `(B, h, N, d)` of `(B, N, h, d)`; queries and keys turned if positions are rotary.
+
+    Queries may be those of the first tokens alone.
+    """
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))
-    return (query, key, value) if rotation is None else (rotated(query, rotation), rotated(key, rotation), value)
+    if rotation is None:
+        return query, key, value
+    of_queries = Rotation(*(part[..., : query.shape[2], :] for part in rotation))
+    return rotated(query, of_queries), rotated(key, rotation), value
 
 
 def _with_one_more(tokens: Tensor, bias: Tensor) -> Tensor:
@@ -118,6 +124,7 @@ class ViTRegAttention(RecordedModule):
         output_prefix_attentions: bool = False,
         group_sizes: Sequence[tuple[int, int]] = (),
         rotations: Sequence[Rotation] = (),
+        num_queries: int | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Attend.
@@ -130,12 +137,15 @@ class ViTRegAttention(RecordedModule):
             output_prefix_attentions: return those of CLS and registers.
             group_sizes: `(B_i, N_i)` of each group; with several, there are neither masks nor probabilities.
             rotations: of all tokens, one per group; none without rotary positions.
+            num_queries: how many tokens attend, which are the first; None for all. Only for one group, with a mask
+                that is a tensor, and without probabilities.
 
         Returns:
-            Output of the shape of `hidden_states`, probabilities `(B, h, N, N)` or None, those of the prefix
-            `(B, h, prefix, N)` or None.
+            Output of the shape of `hidden_states`, or `(B, num_queries, D)`; probabilities `(B, h, N, N)` or None,
+            those of the prefix `(B, h, prefix, N)` or None.
         """
-        projected = self._projected(hidden_states)
+        queries = self.layout.first(hidden_states, num_queries)
+        projected = self._projected(queries, hidden_states)
         if len(group_sizes) > 1:
             by_group = zip(*(unpacked(part, group_sizes) for part in projected), strict=True)
             parts = [_placed(*group, *rotations[i : i + 1]) for i, group in enumerate(by_group)]
@@ -143,8 +153,10 @@ class ViTRegAttention(RecordedModule):
             return self.o_proj(packed([output.flatten(2) for output in outputs])), None, None
 
         query, key, value = _placed(*projected, *rotations)
+        if num_queries is not None and attention_mask is not None:
+            attention_mask = attention_mask[:, :, :num_queries]
         attended, weights = self._attend(query, key, value, attention_mask, **kwargs)
-        output = self.o_proj(attended.reshape(*hidden_states.shape[:-1], -1))
+        output = self.o_proj(attended.reshape(*queries.shape[:-1], -1))
 
         probabilities = prefix = None
         if output_attentions:
@@ -165,13 +177,11 @@ class ViTRegAttention(RecordedModule):
         """Probabilities without those of the bias; what they lack to a sum of 1 goes to it."""
         return probabilities if probabilities is None or self.bias_k is None else probabilities[..., :-1]
 
-    def _projected(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _projected(self, queries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `(..., h, d)` of tokens `(..., D)`, the first two normed if the config says so."""
-        projections = self.q_proj, self.k_proj, self.v_proj
+        projections = (self.q_proj, queries), (self.k_proj, tokens), (self.v_proj, tokens)
         # -1: a tensor-parallel rank holds some of the heads
-        query, key, value = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim)) for projection in projections
-        )
+        query, key, value = (projection(own).unflatten(-1, (-1, self.head_dim)) for projection, own in projections)
         # Under autocast a norm gives float32, and some backends take one type alone.
         return self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype), value
 

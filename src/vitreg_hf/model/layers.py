@@ -155,7 +155,8 @@ class ViTRegLayer(RecordedModule, GradientCheckpointingLayer):
             kwargs: those of `ViTRegAttention.forward`.
 
         Returns:
-            What came, transformed.
+            What came, transformed; of one group the first `num_queries` tokens, if that is given. Without register
+            neurons only, which read all.
         """
         groups = hidden_states if isinstance(hidden_states, tuple) else (hidden_states,)
         subsets = self.drop_path.takes_subsets() and _can_choose(attention_mask, kwargs)
@@ -175,16 +176,19 @@ class ViTRegLayer(RecordedModule, GradientCheckpointingLayer):
             return self.layer_scale2(self.dropout(self.mlp(self.norm2(tokens), sizes, token_mask)))
 
         for branch in (attend, transform):
-            groups = self._residual(groups, branch, subsets)
+            groups = self._residual(groups, branch, subsets, kwargs.get("num_queries"))
         return groups if isinstance(hidden_states, tuple) else groups[0]
 
-    def _residual(self, groups: tuple[Tensor, ...], branch: Branch, subsets: bool) -> tuple[Tensor, ...]:
+    def _residual(
+        self, groups: tuple[Tensor, ...], branch: Branch, subsets: bool, num_queries: int | None
+    ) -> tuple[Tensor, ...]:
         """Add a branch to every group; it runs once, on the tokens of all groups."""
         chosen = [self.drop_path.subset(group) if subsets else None for group in groups]
         taken = [_chosen(group, indices) for group, indices in zip(groups, chosen, strict=True)]
         sizes = [(group.shape[0], group.shape[1]) for group in taken]
         branches = unpacked(branch(packed(taken), sizes, chosen), sizes)
-        added = zip(groups, branches, chosen, strict=True)
+        wanted = [self.attention.layout.first(group, num_queries) for group in groups]
+        added = zip(wanted, branches, chosen, strict=True)
         return tuple(self._added(group, own, indices, subsets) for group, own, indices in added)
 
     def _added(self, group: Tensor, branch: Tensor, chosen: Tensor | None, subsets: bool) -> Tensor:

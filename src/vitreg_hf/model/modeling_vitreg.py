@@ -42,7 +42,7 @@ from .outputs import (
     passed_on,
 )
 from .position_embedding import Rotation
-from .recording import RecordingMixin
+from .recording import RecordingMixin, aligned, selected
 from .token_layout import TokenLayout
 
 LayerSelection = bool | int | Sequence[int]
@@ -52,9 +52,11 @@ class ViTRegKwargs(TransformersKwargs, total=False):
     """Keyword arguments of every forward pass, besides those of Transformers.
 
     output_prefix_attentions: return what CLS and registers attend to, for all layers (True) or for the layers listed.
+    output_tokens: False leaves out of the last layer what nothing reads (see `ViTRegModel.forward`).
     """
 
     output_prefix_attentions: LayerSelection | None
+    output_tokens: bool
 
 
 # Models
@@ -228,6 +230,7 @@ class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         output_prefix_attentions: LayerSelection | None = None,
+        output_tokens: bool = True,
         **kwargs: Any,
     ) -> ViTRegModelOutput:
         """Run the backbone (section 2.2 of the paper).
@@ -241,6 +244,10 @@ class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
                 whatever the backend. Holds N x N maps; `output_prefix_attentions` is the cheap way.
             output_hidden_states: return `hidden_states`, embeddings and every block's output, before the final norm.
             output_prefix_attentions: return `prefix_attentions`, for all layers or for those listed.
+            output_tokens: False computes of the last layer what the pooling of the config reads, and nothing else if
+                that is enough: with pooling `cls` keys and values of all tokens, all else of CLS alone. Outputs are
+                equal; tokens that were not computed are None, `last_hidden_state` among them. What else is asked for
+                (hidden states, attention) is computed all the same, and then so are all tokens.
 
         Returns:
             `ViTRegModelOutput`.
@@ -256,24 +263,23 @@ class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
         patch_mask = embedded.patch_mask
         token_mask = None if patch_mask is None else self.layout.token_mask(patch_mask)
         prefix_layers = self._prefix_layers(output_prefix_attentions)
+        wanted = {
+            "output_attentions": self._or_config("output_attentions", output_attentions),
+            "output_hidden_states": self._or_config("output_hidden_states", output_hidden_states),
+            "output_prefix_attentions": prefix_layers,
+        }
+        num_tokens = None if output_tokens or any(wanted.values()) else self._num_tokens_read(token_mask)
         encoded = self._run_layers(
-            embedded.tokens,
-            token_mask,
-            _rotations([embedded]),
-            output_attentions=self._or_config("output_attentions", output_attentions),
-            output_hidden_states=self._or_config("output_hidden_states", output_hidden_states),
-            output_prefix_attentions=prefix_layers,
-            return_dict=True,
-            **kwargs,
+            embedded.tokens, token_mask, _rotations([embedded]), num_tokens, **wanted, return_dict=True, **kwargs
         )
         tokens = self.normed(cast(Tensor, encoded.last_hidden_state))
         return ViTRegModelOutput(
             pooler_output=self._pooled(tokens, patch_mask),
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
-            prefix_attentions=self._aligned(encoded.get("prefix_attentions"), prefix_layers),
+            prefix_attentions=aligned(encoded.get("prefix_attentions"), prefix_layers, len(self.layers)),
             patch_mask=patch_mask,
-            **self._by_name(tokens, embedded.grid),
+            **self._by_name(tokens, embedded.grid, num_tokens),
         )
 
     def forward_packed(
@@ -326,8 +332,11 @@ class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
         norm = self.layernorm if self.cls_norm is None else self.cls_norm
         return norm(cast(Tensor, self.layout.cls_token(tokens)))
 
-    def _by_name(self, tokens: Tensor, grid: tuple[int, int] | None) -> dict[str, Any]:
-        """The fields of the output that are views of the tokens `(B, N, D)` of the last layer."""
+    def _by_name(self, tokens: Tensor, grid: tuple[int, int] | None, count: int | None = None) -> dict[str, Any]:
+        """The fields of the output that are views of the tokens `(B, N, D)` of the last layer, or of its first few."""
+        if count is not None:
+            registers = self.layout.register_tokens(tokens) if count > self.layout.num_cls else None
+            return {"cls_token": self.layout.cls_token(tokens), "register_tokens": registers}
         return {
             "last_hidden_state": tokens,
             "cls_token": self.layout.cls_token(tokens),
@@ -336,12 +345,22 @@ class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
             "patch_map": None if grid is None else self.layout.patch_map(tokens, grid),
         }
 
+    def _num_tokens_read(self, token_mask: Tensor | None) -> int | None:
+        """How many tokens, which are the first, the last layer has to be computed for; None for all.
+
+        Register neurons read all of them, and the masks of some backends are not cut to a part of the queries.
+        """
+        masks = token_mask is None or self.config._attn_implementation in ("eager", "sdpa")
+        last = cast(ViTRegLayer, self.layers[-1])
+        return self.layout.num_pooled(self.config.pooling) if masks and last.mlp.register_neurons is None else None
+
     @capture_outputs(tie_last_hidden_states=False)
     def _run_layers(
         self,
         hidden_states: Tensor,
         token_mask: Tensor | None,
         rotations: tuple[Rotation, ...],
+        num_tokens: int | None,
         output_attentions: bool,
         output_hidden_states: bool,  # read by the decorator
         output_prefix_attentions: set[int],
@@ -352,6 +371,7 @@ class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
             attention_mask = create_bidirectional_mask(
                 config=self.config, inputs_embeds=hidden_states, attention_mask=token_mask
             )
+        last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
             hidden_states = layer(
                 hidden_states,
@@ -360,6 +380,7 @@ class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
                 rotations=rotations,
                 output_attentions=output_attentions,
                 output_prefix_attentions=index in output_prefix_attentions,
+                num_queries=num_tokens if index == last else None,
                 **kwargs,
             )
         return BaseModelOutput(last_hidden_state=cast(torch.FloatTensor, hidden_states))
@@ -378,28 +399,10 @@ class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
     def _prefix_layers(self, asked: LayerSelection | None) -> set[int]:
         """Indices of the layers whose prefix attention is wanted."""
         asked = self._or_config("output_prefix_attentions", asked)
-        count = len(self.layers)
-        asked = [asked] if isinstance(asked, int) and not isinstance(asked, bool) else asked
-        if isinstance(asked, bool):
-            layers = set(range(count)) if asked else set()
-        elif all(-count <= layer < count for layer in asked):
-            layers = {layer % count for layer in asked}
-        else:
-            raise ValueError(
-                f"Expected layers from {-count} to {count - 1} in output_prefix_attentions, got {list(asked)}"
-            )
+        layers = selected(asked, len(self.layers), "output_prefix_attentions")
         if layers and self.layout.num_prefix == 0:
-            raise ValueError(
-                "Expected a model with CLS or registers for output_prefix_attentions, got one with neither"
-            )
+            raise ValueError("Expected a model with CLS or registers for output_prefix_attentions, got neither")
         return layers
-
-    def _aligned(self, recorded: Sequence[Tensor] | None, layers: set[int]) -> tuple[Tensor | None, ...] | None:
-        """One entry per layer, so that an index is a layer; None where the layer was not asked for."""
-        if not recorded:
-            return None
-        entries = iter(recorded)
-        return tuple(next(entries) if index in layers else None for index in range(len(self.layers)))
 
     def _read(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments that something reads; those that nothing reads are refused, unless they are None."""
@@ -553,6 +556,7 @@ class ViTRegForMaskedImageModeling(ViTRegPreTrainedModel):
             masked values as `loss`.
         """
         self._check_map("masked image modeling")
+        kwargs["output_tokens"] = True  # all of them are read
         outputs = self.vitreg(pixel_values, bool_masked_pos, pixel_mask, return_dict=True, **kwargs)
         images, layout = cast(Tensor, pixel_values), self.vitreg.layout
         height, width = images.shape[-2:]  # without what pad_to_patch_size added
@@ -599,6 +603,7 @@ class ViTRegForSemanticSegmentation(ViTRegPreTrainedModel):
             was padded.
         """
         self._check_map("semantic segmentation")
+        kwargs["output_tokens"] = True  # all of them are read
         outputs = self.vitreg(pixel_values, pixel_mask=pixel_mask, return_dict=True, **kwargs)
         logits = self.decode_head(self._normed(outputs))
         if self.config.pad_to_patch_size:
@@ -657,6 +662,7 @@ class ViTRegBackbone(BackboneMixin, ViTRegModel):
         """
         if self.config.reshape_hidden_states:
             self._check_map("with maps of a backbone")
+        kwargs["output_tokens"] = True  # all of them are read
         outputs = ViTRegModel.forward(self, pixel_values, pixel_mask=pixel_mask, return_dict=True, **kwargs)
         states = [state for stage, state in zip(self.stage_names, outputs.hidden_states) if stage in self.out_features]
         states = [self.normed(state) for state in states] if self.config.apply_layernorm else states

@@ -6,9 +6,10 @@ when a model is made. What follows from that is settled here: another model arou
 and pickling, since they are local functions.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 _HOOK = "output_capturing_hook"
@@ -20,6 +21,24 @@ def _key(hook: Any) -> str | None:
         return None
     names = hook.__code__.co_freevars
     return hook.__closure__[names.index("key")].cell_contents
+
+
+def selected(asked: bool | int | Sequence[int], count: int, name: str) -> set[int]:
+    """Indices of the layers that an argument `name` asks for: all or none, one, or some of them, of `count`."""
+    if isinstance(asked, bool):
+        return set(range(count)) if asked else set()
+    listed = [asked] if isinstance(asked, int) else asked
+    if not all(-count <= layer < count for layer in listed):
+        raise ValueError(f"Expected layers from {-count} to {count - 1} in {name}, got {list(listed)}")
+    return {layer % count for layer in listed}
+
+
+def aligned(recorded: Sequence[Tensor] | None, layers: set[int], count: int) -> tuple[Tensor | None, ...] | None:
+    """One entry per layer, so that an index is a layer; None where the layer was not asked for."""
+    if not recorded:
+        return None
+    entries = iter(recorded)
+    return tuple(next(entries) if index in layers else None for index in range(count))
 
 
 class RecordedModule(nn.Module):

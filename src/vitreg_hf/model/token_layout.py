@@ -35,7 +35,15 @@ class TokenLayout:
         """Tokens before the first patch."""
         return self.num_cls + self.num_registers + self.num_test_time_registers
 
+    def num_pooled(self, pooling: str) -> int | None:
+        """How many tokens a pooling of the config reads, which are the first; None for all."""
+        return {"cls": self.num_cls, "cls_register_mean": self.num_cls + self.num_registers}.get(pooling)
+
     # Tokens
+
+    def first(self, tokens: Tensor, count: int | None) -> Tensor:
+        """View of the first tokens, `(B, count, ...)` of `(B, N, ...)`; None for all of them."""
+        return tokens if count is None else tokens[:, :count]
 
     def join(self, cls_token: Tensor | None, registers: Tensor | None, patches: Tensor) -> Tensor:
         """Build the sequence `(B, N, D)` from CLS `(1, 1, D)`, registers `(1, R, D)` and patches `(B, P, D)`."""

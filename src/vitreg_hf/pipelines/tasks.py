@@ -11,13 +11,24 @@ from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
 
 from vitreg_hf.model.configuration_vitreg import ViTRegConfig
 from vitreg_hf.model.image_inputs import read_image
+from vitreg_hf.model.modeling_vitreg import ViTRegForImageClassification
 from vitreg_hf.pipelines.images import ReadsImages
 
 TOKENS = ("cls_token", "register_tokens", "patch_tokens", "patch_map", "pooler_output", "last_hidden_state")
 
 
 class CheckedImageClassificationPipeline(ReadsImages, ImageClassificationPipeline):  # type: ignore[misc]  # see ReadsImages
-    """Transformers' image classification; reads and names images as `ReadsImages` says."""
+    """Transformers' image classification; reads and names images as `ReadsImages` says.
+
+    Of a model of this family the tokens that its classifier does not read are not computed in the last layer.
+    """
+
+    def _forward(  # type: ignore[override]  # names what it takes, as all of Transformers' pipelines do
+        self, model_inputs: dict[str, Any]
+    ) -> Any:
+        if isinstance(self.model, ViTRegForImageClassification):
+            model_inputs["output_tokens"] = False
+        return super()._forward(model_inputs)
 
 
 class CheckedImageSegmentationPipeline(ReadsImages, ImageSegmentationPipeline):  # type: ignore[misc]  # see ReadsImages

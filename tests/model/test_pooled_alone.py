@@ -1,0 +1,174 @@
+"""`output_tokens=False`: the last layer of what the pooling reads is the same as that of all tokens."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitreg_hf import (
+    ViTRegBackbone,
+    ViTRegConfig,
+    ViTRegForImageClassification,
+    ViTRegForMaskedImageModeling,
+    ViTRegForSemanticSegmentation,
+    ViTRegModel,
+)
+
+POOLINGS = {"cls": 1, "cls_register_mean": 5, "mean": None, "cls_mean": None}  # tokens of the last layer
+BLOCKS = [
+    {},
+    {"layerscale_value": 0.5, "use_swiglu_ffn": True},
+    {"position_embedding_type": "rotary", "qk_norm": True},
+    {"separate_cls_norm": True},
+    {"attention_bias_kv": True},
+    {"num_test_time_registers": 1, "register_neurons": [[0, 3]]},
+    {"num_hidden_layers": 1, "pooled_norm": True},
+]
+
+
+def tokens_of_the_last_layer(model, *args, **kwargs):
+    """How many tokens leave it."""
+    seen = []
+    hook = model.base_model.layers[-1].register_forward_hook(lambda *call: seen.append(call[-1].shape[1]))
+    model(*args, **kwargs)
+    hook.remove()
+    return seen[0]
+
+
+@pytest.fixture
+def padded():
+    mask = torch.ones(3, 32, 48, dtype=torch.long)
+    mask[0, :, 24:] = 0
+    mask[1, 16:] = 0
+    return mask
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("pooling", POOLINGS)
+@torch.no_grad()
+def test_logits_are_those_of_all_tokens(make_config, pooling, backend):
+    model = ViTRegForImageClassification(make_config(pooling=pooling)).eval()
+    model.set_attn_implementation(backend)
+    pixels = torch.randn(3, 3, 32, 48)
+    whole, alone = model(pixels), model(pixels, output_tokens=False)
+    torch.testing.assert_close(alone.logits, whole.logits, atol=1e-5, rtol=1e-5)
+    computed = tokens_of_the_last_layer(model, pixels, output_tokens=False)
+    assert computed == (POOLINGS[pooling] or 1 + 4 + 24)
+
+
+@pytest.mark.parametrize("fields", BLOCKS, ids=str)
+@torch.no_grad()
+def test_every_kind_of_block(make_config, fields, padded):
+    config = make_config(**fields)
+    model = ViTRegForImageClassification(config).eval()
+    for parameter in model.parameters():  # bias of attention starts at zero
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    pixels = torch.randn(3, 3, 32, 48)
+    for inputs in ({}, {"pixel_mask": padded}):
+        whole, alone = model(pixels, **inputs), model(pixels, output_tokens=False, **inputs)
+        torch.testing.assert_close(alone.logits, whole.logits, atol=1e-5, rtol=1e-5)
+        assert tokens_of_the_last_layer(model, pixels, output_tokens=False, **inputs) == 1
+
+
+@pytest.mark.parametrize(("backend", "computed"), [("eager", 1), ("sdpa", 1), ("flex_attention", 29)])
+@torch.no_grad()
+def test_padding(make_config, padded, backend, computed):
+    model = ViTRegForImageClassification(make_config()).eval()
+    model.set_attn_implementation(backend)
+    pixels = torch.randn(3, 3, 32, 48)
+    whole = model(pixels, pixel_mask=padded).logits
+    alone = model(pixels, pixel_mask=padded, output_tokens=False).logits
+    torch.testing.assert_close(alone, whole, atol=1e-5, rtol=1e-5)
+    assert tokens_of_the_last_layer(model, pixels, pixel_mask=padded, output_tokens=False) == computed
+
+
+@torch.no_grad()
+def test_register_neurons_of_the_last_layer_read_all_tokens(make_config):
+    config = make_config(num_test_time_registers=1, register_neurons=[[2, 3], [2, 9]])
+    model, pixels = ViTRegForImageClassification(config).eval(), torch.randn(2, 3, 32, 32)
+    assert tokens_of_the_last_layer(model, pixels, output_tokens=False) == 1 + 4 + 1 + 16
+    torch.testing.assert_close(model(pixels, output_tokens=False).logits, model(pixels).logits)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@torch.no_grad()
+def test_what_was_not_computed_is_none_and_all_else_equal(make_config, pooling):
+    model, pixels = ViTRegModel(make_config(pooling=pooling)).eval(), torch.randn(2, 3, 32, 32)
+    whole, alone = model(pixels), model(pixels, output_tokens=False)
+    tokens = {"last_hidden_state", "register_tokens", "patch_tokens", "patch_map"}
+    missing = {"cls": tokens, "cls_register_mean": tokens - {"register_tokens"}}.get(pooling, set())
+    assert whole.keys() - alone.keys() == missing
+    for name in alone.keys():  # noqa: SIM118  # iterating over an output gives no names
+        torch.testing.assert_close(alone[name], whole[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions", "output_prefix_attentions"])
+@torch.no_grad()
+def test_what_is_recorded_is_of_all_tokens(make_config, asked):
+    model, pixels = ViTRegForImageClassification(make_config()).eval(), torch.randn(2, 3, 32, 32)
+    whole, alone = (model(pixels, output_tokens=tokens, **{asked: True}) for tokens in (True, False))
+    for name in (asked.removeprefix("output_"), "patch_tokens"):
+        torch.testing.assert_close(alone[name], whole[name])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["mask", "subset"])
+def test_gradients_in_training(make_config, kind, checkpointing):
+    """With stochastic depth, whose choice of samples is the same from the same seed."""
+    model = ViTRegForImageClassification(make_config(drop_path_rate=0.4, drop_path_kind=kind, layerscale_value=0.5))
+    model.train()
+    if checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+    pixels, labels, found = torch.randn(4, 3, 32, 48), torch.tensor([0, 1, 2, 3]), []
+    for tokens in (True, False):
+        model.zero_grad()
+        torch.manual_seed(5)
+        model(pixels, labels=labels, output_tokens=tokens).loss.backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("head", [ViTRegForMaskedImageModeling, ViTRegForSemanticSegmentation, ViTRegBackbone])
+@torch.no_grad()
+def test_heads_that_read_patches_compute_them(make_config, head):
+    model, pixels = head(make_config()).eval(), torch.randn(2, 3, 32, 32)
+    whole, alone = model(pixels), model(pixels, output_tokens=False)
+    assert alone.keys() == whole.keys()
+    torch.testing.assert_close(alone.to_tuple()[0], whole.to_tuple()[0])
+
+
+@torch.no_grad()
+def test_compiled_and_exported_with_dynamic_sizes(make_config):
+    torch.compiler.reset()
+    model = ViTRegForImageClassification(make_config(num_hidden_layers=2)).eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    size = {0: torch.export.Dim("batch"), 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    exported = torch.export.export(
+        model,
+        (torch.randn(2, 3, 32, 32),),
+        {"output_tokens": False},
+        dynamic_shapes={"pixel_values": size, "kwargs": {"output_tokens": None}},
+    ).module()
+    for shape in [(2, 3, 32, 32), (3, 3, 48, 24)]:
+        pixels = torch.randn(*shape)
+        expected = model(pixels).logits
+        torch.testing.assert_close(compiled(pixels, output_tokens=False).logits, expected, atol=1e-5, rtol=1e-5)
+        got = exported(pixels, output_tokens=False).logits
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    torch.compiler.reset()
+
+
+def test_a_twelfth_of_the_operations_is_not_done():
+    """ViT-S and ViT-B with four registers, 224 px: at least 6 % less."""
+    for width in (384, 768):
+        config = ViTRegConfig(hidden_size=width, num_attention_heads=width // 64, intermediate_size=4 * width)
+        counts = []
+        with torch.device("meta"):
+            model, pixels = ViTRegForImageClassification(config).eval(), torch.randn(1, 3, 224, 224)
+            for tokens in (True, False):
+                with FlopCounterMode(display=False) as counter, torch.no_grad():
+                    model(pixels, output_tokens=tokens)
+                counts.append(counter.get_total_flops())
+        assert counts[1] < 0.94 * counts[0]
