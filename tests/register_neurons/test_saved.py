@@ -97,7 +97,7 @@ def axes():
     }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["SwiGLU", "bias of attention"])
 @torch.no_grad()
 def test_exported_it_says_the_same_at_every_size(kind, images):
     model = mended(kind, images=images)

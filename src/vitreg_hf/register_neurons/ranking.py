@@ -32,7 +32,7 @@ class RegisterNeuron:
 
 @dataclass(frozen=True)
 class Trial:
-    """What moving the first neurons of a ranking does.
+    """What moving the first neurons of a ranking does to images that have outliers.
 
     Attributes:
         count: how many.
