@@ -424,11 +424,11 @@ def test_a_folder_that_may_not_be_written_to_is_an_error_of_the_disk(source, tmp
 def test_a_new_folder_has_its_name_only_when_the_block_ends_well(tmp_path):
     final = tmp_path / "folder"
     with new_folder(final) as folder:
-        (folder / "file").write_text("1")
+        (folder / "a.pth").write_text("1")
         assert not final.exists()
-    assert content(final) == {"file": b"1"}
+    assert content(final) == {"a.pth": b"1"}
     with pytest.raises(Stopped), new_folder(final, overwrite=True) as folder:
-        (folder / "file").write_text("2")
+        (folder / "a.pth").write_text("2")
         raise Stopped
-    assert content(final) == {"file": b"1"}
+    assert content(final) == {"a.pth": b"1"}
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]

@@ -167,6 +167,20 @@ def test_a_top_layer_and_a_number_can_be_told(images):
     assert low.trials[-1].outlier_share == low.trials[0].outlier_share
 
 
+def test_all_blocks_are_searched_where_later_ones_write_outliers_too(images):
+    """After the first planted block all outliers are there, and only those of a later one make them large."""
+    model = network()
+    first, last = planted_neurons(model.config)[0], planted_neurons(model.config)[-1]
+    writes = [model.layers[layer].mlp.down_proj.weight[:, neuron] for layer, neuron in (first, last)]
+    with torch.no_grad():
+        writes[0].copy_(0.1 * writes[1])
+    found = find(model, images.pixels)
+    assert find(model, images.pixels, top_layer=first[0]).left == 1
+    assert set(found) >= {first, *planted_neurons(model.config)[-2:]}
+    assert found.top_layer == model.config.num_hidden_layers - 1
+    assert found.left == 0
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_batches_of_any_size_give_the_same(batch_size, images):
     whole, batched = (find(network(), images.pixels, batch_size=size) for size in (8, batch_size))

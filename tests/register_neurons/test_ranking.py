@@ -37,6 +37,14 @@ def test_it_prints_what_was_found_and_what_was_tried():
     assert str(many).splitlines()[-1].strip() == "and 3 more"
 
 
+def test_it_says_where_outliers_have_not_vanished():
+    assert FOUND.left == 0
+    assert FOUND.first(1).left == 0.5
+    assert "50 % of them are left" in str(FOUND.first(1)).splitlines()[-1]
+    assert "left" not in str(FOUND)
+    assert "left" not in str(FOUND.first(3))  # was not tried
+
+
 def test_it_comes_back_from_a_file(tmp_path):
     file = tmp_path / "register_neurons.json"
     FOUND.save(file)

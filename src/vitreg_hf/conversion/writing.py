@@ -21,14 +21,18 @@ from torch import Tensor
 WEIGHTS = "model.safetensors"
 MOST_BYTES_PER_SHARD = 5 * 10**9  # of memory too: no more than a shard is held at a time
 _UNFINISHED, _REPLACED = ".unfinished", ".replaced"
+_OF_WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
 
 
 def check_new(final: Path, overwrite: bool = False) -> None:
-    """Refuse to write where something is, unless it is to be replaced; raises ValueError."""
+    """Refuse to write where something is, unless it is a checkpoint and to be replaced; raises ValueError."""
     if final.exists() and not final.is_dir():
         raise ValueError(f"Expected a new folder, got {final}, which is a file")
-    if final.exists() and not overwrite and any(final.iterdir()):
+    held = list(final.iterdir()) if final.exists() else []
+    if held and not overwrite:
         raise ValueError(f"Expected a new folder, got {final}, which is there (overwrite replaces it)")
+    if held and not any(file.name == "config.json" or file.suffix in _OF_WEIGHTS for file in held):
+        raise ValueError(f"Expected a folder with a checkpoint to be replaced, got {final}, which holds none")
 
 
 @contextmanager

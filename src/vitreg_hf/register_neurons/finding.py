@@ -10,7 +10,7 @@ Shapes: B images, N tokens, P patches, F neurons of an MLP, L blocks, n images i
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,14 +24,13 @@ from vitreg_hf.analysis.token_norms import cutoff, patch_norms
 from vitreg_hf.model.configuration_vitreg import ViTRegConfig
 from vitreg_hf.model.modeling_vitreg import ViTRegModel, ViTRegPreTrainedModel
 from vitreg_hf.register_neurons.adding import add_test_time_registers
-from vitreg_hf.register_neurons.ranking import RegisterNeuron, RegisterNeurons, Trial
+from vitreg_hf.register_neurons.ranking import VANISHED, RegisterNeuron, RegisterNeurons, Trial
 
 Images = str | Path | ImageFiles | Tensor  # a folder, files of one, or pixel values (n, C, H, W)
 Batches = Callable[[], Iterator[Tensor]]
 
 COUNTS = (1, 2, 3, 5, 8, 12, 20, 30, 50, 80, 120, 200, 300)  # tried one after the other
 _RANKED = max(COUNTS)
-_VANISHED = 0.05  # outliers have vanished when this share of them is left
 _BEYOND = 2  # counts tried after that, to see whether there is a plateau
 _TRIED_ON = 64  # images with outliers
 
@@ -53,7 +52,9 @@ def find_register_neurons(
 
     The cutoff of norms follows from a rule over all images. The last block whose neurons are ranked is the first after
     which half of the final outliers are there (the authors: the first block with outliers). How many neurons are taken
-    follows from trying: the fewest that leave at most 5 % of the outliers; if none do, those that leave the fewest.
+    follows from trying: the fewest that leave at most 5 % of the outliers. If none do, later blocks write some too, and
+    all are searched up to where norms are judged; if that does not help either, those that leave the fewest are taken,
+    and the result says so where it is printed.
 
     Args:
         model: of this family (`convert_checkpoint` makes it one), without test-time registers.
@@ -127,24 +128,30 @@ def _found(
             f"Expected outliers, got none among {outliers.numel()} patches of {len(norms)} images (norms up to "
             f"{largest:.4g}, cutoff {threshold:.4g} by the {rule.rule} rule): this model needs no registers"
         )
-    last = _top_layer(norms, outliers, threshold, state) if top_layer is None else top_layer
-    at_outliers, elsewhere = _activations(subject, batches, outliers, last, progress)
     signed = bool(model.config.use_swiglu_ffn)  # neurons of an MLP are hardly ever far below 0, of SwiGLU they are
-    ranking = _ranked(at_outliers, elsewhere, signed)
-    found = RegisterNeurons(
-        ranking,
-        min(top_k or 1, len(ranking)),
-        threshold,
-        f"{rule.rule} rule" if rule.value is None else f"{rule.rule} rule, {rule.value:g}",
-        state,
-        last,
-        share,
-        len(norms),
-        "largest" if signed else "max",
-    )
-    if top_k is not None:
-        return found.first(top_k)
-    return _tried(model, found, _with_outliers(batches, outliers), progress)
+    best: RegisterNeurons | None = None
+    for last in _top_layers(norms, outliers, threshold, state) if top_layer is None else [top_layer]:
+        at_outliers, elsewhere = _activations(subject, batches, outliers, last, progress)
+        ranking = _ranked(at_outliers, elsewhere, signed)
+        found = RegisterNeurons(
+            ranking,
+            min(top_k or 1, len(ranking)),
+            threshold,
+            f"{rule.rule} rule" if rule.value is None else f"{rule.rule} rule, {rule.value:g}",
+            state,
+            last,
+            share,
+            len(norms),
+            "largest" if signed else "max",
+        )
+        if top_k is not None:
+            return found.first(top_k)
+        found = _tried(model, found, _with_outliers(batches, outliers), progress)
+        if best is None or found.left < best.left:
+            best = found
+        if best.left <= VANISHED:
+            break
+    return cast(RegisterNeurons, best)
 
 
 # Images
@@ -186,10 +193,10 @@ def _norms(subject: Subject, batches: Batches, progress: bool) -> list[Tensor]:
     return [torch.stack(read(subject, pixel_values, readers).hidden, dim=1) for pixel_values in bar]
 
 
-def _top_layer(norms: Tensor, outliers: Tensor, threshold: float, state: int) -> int:
-    """The first block after which half of the outliers are above the cutoff."""
+def _top_layers(norms: Tensor, outliers: Tensor, threshold: float, state: int) -> list[int]:
+    """The first block after which half of the outliers are above the cutoff, and the last one that can write any."""
     there = [float((norms[:, i] > threshold)[outliers].float().mean()) for i in range(1, state + 1)]
-    return next(i for i, share in enumerate(there) if share >= 0.5)
+    return sorted({next(i for i, share in enumerate(there) if share >= 0.5), state - 1})
 
 
 # Second pass: neurons
@@ -253,7 +260,7 @@ def _tried(
     pixels, size = images
     norms, original = _norms_and_pooled(model, pixels, size, found.state)
     trials = [_trial(0, norms, original, original, found.threshold)]
-    goal, beyond = _VANISHED * trials[0].outlier_share, _BEYOND
+    goal, beyond = VANISHED * trials[0].outlier_share, _BEYOND
     for count in tqdm([c for c in COUNTS if c <= len(found.ranking)], desc="Trials", disable=not progress):
         mended = add_test_time_registers(model, found.first(count))
         norms, pooled = _norms_and_pooled(mended, pixels, size, found.state)

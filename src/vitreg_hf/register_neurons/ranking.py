@@ -10,6 +10,7 @@ from typing import Any
 
 from vitreg_hf.model.configuration_checks import MOST_BYTES
 
+VANISHED = 0.05  # outliers have vanished when this share of them is left
 _SHOWN = 10
 
 
@@ -82,6 +83,12 @@ class RegisterNeurons:
         """Pairs of layer and neuron, best first."""
         return iter([(one.layer, one.neuron) for one in self.ranking[: self.count]])
 
+    @property
+    def left(self) -> float:
+        """Share of the outliers that moving these neurons leaves in the images that were tried; NaN without trials."""
+        shares = {trial.count: trial.outlier_share for trial in self.trials}
+        return shares[self.count] / shares[0] if self.count in shares else float("nan")
+
     def first(self, count: int) -> "RegisterNeurons":
         """The same ranking with another number of register neurons; raises ValueError if it is not that long."""
         if not 1 <= count <= len(self.ranking):
@@ -146,6 +153,11 @@ class RegisterNeurons:
             mark = "  <- chosen" if trial.count == self.count else ""
             share, cosine = f"{100 * trial.outlier_share:.2f} %", f"{trial.pooled_cosine:.4f}"
             lines.append(f"  {trial.count:7} {share:>10} {trial.largest_norm:13.4g} {cosine:>25}{mark}")
+        if self.left > VANISHED:
+            lines.append(
+                f"  Outliers have not vanished, {100 * self.left:.0f} % of them are left: other neurons write them too, or"
+                " write them once these do not."
+            )
         return "\n".join(lines)
 
 
