@@ -30,10 +30,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     settings = MendSettings(how=Pass(batch_size=8, overwrite=True), pictured=3)  # a run replaces the last one
     results = mend(str(folder / "model"), folder / "images", folder / "mended", settings)
-    search = search_of(results)
-    print(search)
+    print(search := search_of(results))
     print(told(results))
-    planted, found = set(planted_neurons(model.config)), set(search)
+    planted, found = set(planted_neurons(model.config)), set(search or ())
     print(
         f"planted: {sorted(planted)}\nfound:   {sorted(found)}{'' if found == planted else ', which is not the same'}"
     )

@@ -446,7 +446,7 @@ def test_a_folder_that_is_there_is_not_touched_unless_told(filled, tmp_path, thr
     (tmp_path / "back" / "diary.txt").write_text("dear")
     with pytest.raises(ValueError, match="Expected a new folder"):
         through(tmp_path / "source")
-    with pytest.raises(ValueError, match="a folder with a checkpoint to be replaced, got .*back, which holds none"):
+    with pytest.raises(ValueError, match=r"a folder with a checkpoint to be replaced, got .*back, which holds none"):
         export_checkpoint(tmp_path / "own", tmp_path / "back", overwrite=True)
     assert (tmp_path / "back" / "diary.txt").read_text() == "dear"
     (tmp_path / "back" / "old.pth").write_text("")

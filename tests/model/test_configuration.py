@@ -77,7 +77,7 @@ def test_wrong_values_say_what_was_expected_and_what_came(fields, message):
     ],
 )
 def test_register_neurons_that_are_none_are_refused(fields):
-    with pytest.raises(ValueError, match="Expected .*(neuron|register)"):
+    with pytest.raises(ValueError, match=r"Expected .*(neuron|register)"):
         ViTRegConfig(**fields)
 
 

@@ -52,9 +52,9 @@ def find_register_neurons(
 
     The cutoff of norms follows from a rule over all images. The last block whose neurons are ranked is the first after
     which half of the final outliers are there (the authors: the first block with outliers). How many neurons are taken
-    follows from trying: the fewest that leave at most 5 % of the outliers. If none do, later blocks write some too, and
-    all are searched up to where norms are judged; if that does not help either, those that leave the fewest are taken,
-    and the result says so where it is printed.
+    follows from trying: the fewest that leave at most 5 % of the outliers. If none do, later blocks write some too,
+    and all are searched up to where norms are judged; if that does not help either, those that leave the fewest are
+    taken, and the result says so where it is printed.
 
     Args:
         model: of this family (`convert_checkpoint` makes it one), without test-time registers.

@@ -155,8 +155,8 @@ class RegisterNeurons:
             lines.append(f"  {trial.count:7} {share:>10} {trial.largest_norm:13.4g} {cosine:>25}{mark}")
         if self.left > VANISHED:
             lines.append(
-                f"  Outliers have not vanished, {100 * self.left:.0f} % of them are left: other neurons write them too, or"
-                " write them once these do not."
+                f"  Outliers have not vanished, {100 * self.left:.0f} % of them are left: other neurons write them "
+                "too, or write them once these do not."
             )
         return "\n".join(lines)
 

@@ -56,8 +56,8 @@ def before_after_figure(
                 drawn = draw_map(axes, values, image.shape[:2], highest=highest, colours=colours)
             column[0].set_title(f"{name}\n{when}", fontsize=10)
         colour_bar(figure, drawn, grid[:, columns], label)
-    for maps, column in zip(on_patches or (), grid[:, 3:].T, strict=False):
-        for axes, share in zip(column, maps, strict=True):
+    for shares, column in zip(on_patches or (), grid[:, 3:].T, strict=False):
+        for axes, share in zip(column, shares, strict=True):
             axes.set_title(f"{axes.get_title()}\n{100 * share:.0f} % on patches".strip(), fontsize=8)
     figure.suptitle(fitted(title, width))
     save(figure, path)
