@@ -450,6 +450,10 @@ def test_a_folder_that_is_there_is_not_touched_unless_told(filled, tmp_path, thr
         export_checkpoint(tmp_path / "own", tmp_path / "back", overwrite=True)
     assert (tmp_path / "back" / "diary.txt").read_text() == "dear"
     (tmp_path / "back" / "old.pth").write_text("")
+    with pytest.raises(ValueError, match=r"a checkpoint and nothing else to be replaced, got .*diary\.txt beside it"):
+        export_checkpoint(tmp_path / "own", tmp_path / "back", overwrite=True)
+    assert (tmp_path / "back" / "diary.txt").read_text() == "dear"
+    (tmp_path / "back" / "diary.txt").unlink()
     export_checkpoint(tmp_path / "own", tmp_path / "back", overwrite=True)
     assert sorted(path.name for path in (tmp_path / "back").iterdir()) == [
         *("config.json", "model.safetensors", "preprocessor_config.json")

@@ -207,3 +207,12 @@ def test_another_type_can_be_asked_for(filled, tmp_path):
     assert converted.model.dtype == torch.bfloat16
     expected = source.embeddings.cls_token.bfloat16()
     assert torch.equal(converted.model.embeddings.cls_token, expected)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float16", torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn]
+)
+def test_weights_are_written_in_floating_point_of_16_bits_or_more(dtype, tmp_path):
+    with pytest.raises(ValueError, match=r"Expected a dtype of torch\.float16, .*torch\.float64, got"):
+        convert_checkpoint(tmp_path / "is-not-opened.pth", tmp_path / "own", dtype=dtype)
+    assert not (tmp_path / "own").exists()

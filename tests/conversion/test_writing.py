@@ -333,6 +333,35 @@ def test_a_checkpoint_can_be_converted_onto_itself(filled, tmp_path):
     assert_same_weights(expected, ViTRegModel.from_pretrained(tmp_path / "model"))
 
 
+def test_the_source_is_not_replaced_with_the_folder_that_it_is_in(source, tmp_path):
+    inside = tmp_path / "models" / "weights.pth"
+    inside.parent.mkdir()
+    shutil.copy(source, inside)
+    before, conversion = content(tmp_path), convert_checkpoint(inside)
+    with pytest.raises(ValueError, match=r"Expected a source outside of .*models, which is to be replaced"):
+        convert_checkpoint(inside, tmp_path / "models", overwrite=True)
+    with pytest.raises(ValueError, match="Expected a source outside of"):
+        convert_checkpoint(source, tmp_path / "models", head=inside, overwrite=True)
+    with pytest.raises(ValueError, match="Expected a source outside of"):
+        convert.save_conversion(conversion, tmp_path / "models", overwrite=True)
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "events.tfevents", "train.py", "folder"])
+def test_what_no_checkpoint_has_is_not_replaced(name, source, tmp_path):
+    convert_checkpoint(source, tmp_path / "converted")
+    for known in ("README.md", ".gitattributes"):
+        (tmp_path / "converted" / known).write_text("of a repository")
+    convert_checkpoint(source, tmp_path / "converted", overwrite=True)
+    if name == "folder":
+        (tmp_path / "converted" / name).mkdir()
+    else:
+        (tmp_path / "converted" / name).write_text("dear")
+    with pytest.raises(ValueError, match=f"a checkpoint and nothing else to be replaced, got .*{name} beside it"):
+        convert_checkpoint(source, tmp_path / "converted", overwrite=True)
+    assert (tmp_path / "converted" / name).exists()
+
+
 def test_files_are_on_the_disk_before_the_folder_has_its_name(source, tmp_path, monkeypatch):
     flushed, fsync, replace = [], os.fsync, os.replace
 

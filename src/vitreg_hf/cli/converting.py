@@ -30,12 +30,12 @@ def add_converting(commands: Any) -> None:
         "--verify",
         nargs="?",
         type=Path,
-        const=Path(),
+        const=True,
         metavar="IMAGES",
         help="before saving, compare with the source's own implementation on images of a folder (default: two photos)",
     )
     convert.add_argument("--to", metavar="LAYOUT", help="the other way: write a ViTReg checkpoint in this layout")
-    add_overwrite(convert)
+    add_overwrite(convert, "replace OUT as a whole, if it holds a checkpoint and nothing else")
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -49,7 +49,9 @@ def _from_source(options: argparse.Namespace) -> None:
     import torch
 
     from vitreg_hf.conversion.convert import convert_checkpoint, save_conversion
+    from vitreg_hf.conversion.writing import check_new
 
+    check_new(options.out, options.overwrite, (options.source, options.head))
     conversion = convert_checkpoint(
         options.source,
         layout=options.layout,
@@ -66,10 +68,10 @@ def _from_source(options: argparse.Namespace) -> None:
     print(f"saved:   {save_conversion(conversion, options.out, options.overwrite, found).folder}")
 
 
-def _verified(conversion: Any, images: Path) -> dict[str, Any]:
+def _verified(conversion: Any, images: Path | bool) -> dict[str, Any]:
     from vitreg_hf.conversion.verify import images_of, verify_conversion
 
-    found = verify_conversion(conversion, None if images == Path() else images_of(images))
+    found = verify_conversion(conversion, None if isinstance(images, bool) else images_of(images))
     print(found)
     if not found.is_equal:
         raise ValueError(f"Expected the outputs of {found.source}, got others: nothing was saved")

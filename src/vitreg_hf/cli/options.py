@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 IMAGES = "folder of images, searched with its subfolders"
+_OVERWRITE = "replace records and reports of something else in the output folder"
 _OUTPUT = "folder of the report (default: outputs/ and the command)"
 
 
@@ -28,9 +29,8 @@ def add_pass(command: argparse.ArgumentParser) -> None:
     add_overwrite(command)
 
 
-def add_overwrite(command: argparse.ArgumentParser) -> None:
-    """Whether what is in the output folder may be replaced."""
-    told = "replace records and reports of something else in the output folder"
+def add_overwrite(command: argparse.ArgumentParser, told: str = _OVERWRITE) -> None:
+    """Whether what is in the output folder may be replaced; `told` says what that is."""
     command.add_argument("--overwrite", action="store_true", help=told)
 
 

@@ -66,7 +66,7 @@ def export_checkpoint(
         ValueError: if the layout cannot hold the model, with what differs, or the source is damaged.
     """
     final = Path(output)
-    check_new(final, overwrite)
+    check_new(final, overwrite, [source])
     own = _opened(open_source(source, revision))
     name = layout or own.conversion.get("layout")
     if name is None:

@@ -26,6 +26,7 @@ from vitreg_hf.model.image_processing_pil_vitreg import ViTRegImageProcessorPil
 from vitreg_hf.model.image_processing_vitreg import ViTRegImageProcessor
 
 _OF_WRONG_TYPES = (TypeError, AttributeError, LookupError, ArithmeticError)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NAMED = 5  # tensors named in one message; a missing block has dozens
 
 
@@ -93,7 +94,7 @@ def convert_checkpoint(
         layer_norm_eps: where the checkpoint does not say it; left out, that of its layout.
         num_attention_heads: where the checkpoint does not say it; left out, one per 64 channels.
         use_mask_token: keep the token that stands for masked patches in self-supervision.
-        dtype: type of the weights; left out, that of the source.
+        dtype: type of the weights, floating point of 16 bits or more; left out, that of the source.
         overwrite: replace the output folder.
 
     Returns:
@@ -111,8 +112,10 @@ def convert_checkpoint(
     >>> converted = vitreg_hf.convert_checkpoint("facebook/dinov2-with-registers-base")
     >>> model, processor = converted.model, converted.processor
     ```"""
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"Expected a dtype of {', '.join(map(str, _DTYPES))}, got {dtype!r}")
     if output is not None:
-        check_new(Path(output), overwrite)
+        check_new(Path(output), overwrite, (source, head))
     told = Told(architecture, num_attention_heads, layer_norm_eps, use_mask_token)
     conversion = plan_conversion(source, layout, revision, head, told)
     if dtype is not None:
@@ -291,6 +294,7 @@ def save_conversion(
         OSError: if the disk is full.
     """
     final = Path(output)
+    check_new(final, overwrite, [conversion.source.name])
     model = empty_model(conversion.config, conversion.reading.has_head)
     conversion.config.architectures = [type(model).__name__]
     verified = {} if verification is None else {"verified": verification}

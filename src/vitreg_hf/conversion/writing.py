@@ -22,10 +22,20 @@ WEIGHTS = "model.safetensors"
 MOST_BYTES_PER_SHARD = 5 * 10**9  # of memory too: no more than a shard is held at a time
 _UNFINISHED, _REPLACED = ".unfinished", ".replaced"
 _OF_WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
+_BESIDE_WEIGHTS = ("README.md", ".gitattributes")  # and any JSON
 
 
-def check_new(final: Path, overwrite: bool = False) -> None:
-    """Refuse to write where something is, unless it is a checkpoint and to be replaced; raises ValueError."""
+def check_new(final: Path, overwrite: bool = False, sources: Iterable[str | os.PathLike[str] | None] = ()) -> None:
+    """Refuse to write where something is, unless it is a checkpoint alone and to be replaced.
+
+    Args:
+        final: the folder to write.
+        overwrite: replace what is there.
+        sources: what is read, which may be the folder itself, but is not lost with it.
+
+    Raises:
+        ValueError: with what is in the way.
+    """
     if final.exists() and not final.is_dir():
         raise ValueError(f"Expected a new folder, got {final}, which is a file")
     held = list(final.iterdir()) if final.exists() else []
@@ -33,6 +43,13 @@ def check_new(final: Path, overwrite: bool = False) -> None:
         raise ValueError(f"Expected a new folder, got {final}, which is there (overwrite replaces it)")
     if held and not any(file.name == "config.json" or file.suffix in _OF_WEIGHTS for file in held):
         raise ValueError(f"Expected a folder with a checkpoint to be replaced, got {final}, which holds none")
+    for file in sorted(held):
+        is_known = file.suffix in (".json", *_OF_WEIGHTS) or file.name in _BESIDE_WEIGHTS
+        if file.is_dir() or not is_known:
+            raise ValueError(f"Expected a checkpoint and nothing else to be replaced, got {file} beside it")
+    for source in (Path(one) for one in sources if one is not None and held):
+        if source.exists() and final.resolve() in source.resolve().parents:
+            raise ValueError(f"Expected a source outside of {final}, which is to be replaced, got {source}")
 
 
 @contextmanager
