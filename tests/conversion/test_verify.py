@@ -8,6 +8,7 @@ import timm
 import torch
 from skimage import data
 from transformers import (
+    AutoModel,
     BitImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -134,11 +135,43 @@ def test_a_difference_is_found(classifier, photos):
     assert "layer 0" not in large
 
 
-def test_half_precision_is_compared_in_full(classifier, photos):
-    conversion = convert_checkpoint(classifier, dtype=torch.float16)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_compared_before_rounding(classifier, photos, dtype):
+    conversion = convert_checkpoint(classifier, dtype=dtype)
     found = verify_conversion(conversion, photos)
-    assert conversion.model.dtype == torch.float16
-    assert not found.is_equal, "weights were rounded, and that shows"
+    assert found.is_equal
+    assert found.notes == (f"compared before rounding: the weights are written in {str(dtype)[6:]}",)
+    assert conversion.model.dtype == dtype
+    assert not verify_conversion(convert_checkpoint(classifier), photos).notes
+
+
+def test_a_source_in_half_precision_is_not_rounded(filled, tmp_path, photos):
+    model = filled(Dinov2Model(Dinov2Config(**SMALL))).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    conversion = convert_checkpoint(tmp_path / "source")
+    assert conversion.config.dtype == torch.bfloat16
+    found = verify_conversion(conversion, photos[:1])
+    assert found.is_equal
+    assert not found.notes
+
+
+def test_half_precision_can_be_verified_and_saved(classifier, tmp_path):
+    out = tmp_path / "out"
+    assert main(["convert", str(classifier), str(out), "--dtype", "bfloat16", "--verify"]) == 0
+    assert "written in bfloat16" in json.loads((out / CONVERSION).read_text())["verified"]["notes"][0]
+    assert AutoModel.from_pretrained(out, dtype="auto").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("has_processor", [False, True])
+def test_models_of_one_channel_are_shown_grey_images(filled, tmp_path, photos, has_processor):
+    config = Dinov2WithRegistersConfig(num_channels=1, num_labels=5, **SMALL)
+    filled(Dinov2WithRegistersForImageClassification(config)).save_pretrained(tmp_path / "source")
+    if has_processor:
+        options = {"size": {"shortest_edge": 64}, "crop_size": 56, "image_mean": [0.5], "image_std": [0.25]}
+        BitImageProcessor(**options, do_convert_rgb=False).save_pretrained(tmp_path / "source")
+    found = verify_conversion(convert_checkpoint(tmp_path / "source"), photos)
+    assert found.is_equal
+    assert ("pixels" in names(found)) is has_processor
 
 
 def test_two_real_photos_stand_ready():
@@ -183,6 +216,25 @@ def test_the_command_takes_images_of_a_folder(classifier, tmp_path, photos):
     command = ["convert", str(classifier), str(tmp_path / "out"), "--verify", str(tmp_path / "photos")]
     assert main(command) == 0
     assert json.loads((tmp_path / "out" / CONVERSION).read_text())["verified"]["images"] == 1
+
+
+def test_the_command_takes_images_of_the_current_folder(classifier, tmp_path, photos, monkeypatch, capsys):
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path / "photos")
+    command = ["convert", str(classifier), str(tmp_path / "out"), "--verify", "."]
+    assert main(command) == 2
+    assert "Expected a folder with images" in capsys.readouterr().err
+    photos[0].save("cat.png")
+    assert main(command) == 0
+    assert json.loads((tmp_path / "out" / CONVERSION).read_text())["verified"]["images"] == 1
+
+
+def test_overwrite_of_convert_says_what_it_replaces(capsys):
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "replace OUT as a whole, if it holds a checkpoint and nothing else" in told
+    assert "records and reports" not in told
 
 
 def test_the_command_goes_back(classifier, tmp_path, capsys):

@@ -3,7 +3,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,9 @@ class Verification:
 def verify_conversion(conversion: Conversion, images: Sequence[PIL.Image.Image] | None = None) -> Verification:
     """Run the source in its own implementation and the result on the same images, in float32.
 
-    At the size of the model, and where the source has a rule for other sizes also at a larger and a wide one.
+    Weights that are rounded when they are written are compared before that, which a note says. Images are grey for a
+    model of one channel. At the size of the model, and where the source has a rule for other sizes also at a larger
+    and a wide one.
 
     Args:
         conversion: of `convert_checkpoint`.
@@ -98,15 +100,16 @@ def verify_conversion(conversion: Conversion, images: Sequence[PIL.Image.Image] 
     chosen = list(sample_photos() if images is None else images)[:_MOST_IMAGES]
     if not chosen:
         raise ValueError("Expected one or more images, got none")
-    source, model = source_model(conversion), conversion.model
-    if model.dtype != torch.float32:
-        model = copy.deepcopy(model).float()
+    if conversion.config.num_channels == 1:
+        chosen = [image.convert("L") for image in chosen]
+    source, model = source_model(conversion), _exact_model(conversion)
     sizes = _sizes(conversion.config) if source.any_size else _sizes(conversion.config)[:1]
     differences: list[Difference] = []
     for size in sizes:
         pixel_values = _pixels(conversion, chosen, size)
         differences += _compared(source, model, pixel_values)
     notes = [] if source.any_size else [f"other sizes: {source.name} interpolates positions by another rule"]
+    notes += _rounding(conversion)
     if (pixels := _processor_difference(conversion, chosen)) is not None:
         differences.append(pixels)
     return Verification(source.name, len(chosen), tuple(differences), tuple(notes))
@@ -128,6 +131,23 @@ def images_of(folder: Path) -> list[PIL.Image.Image]:
     return [PIL.Image.open(file).convert("RGB") for file in files[:_MOST_IMAGES]]
 
 
+def _exact_model(conversion: Conversion) -> Any:
+    """The model in float32, with the weights of the source before they are rounded to another type."""
+    if conversion.config.dtype == torch.float32:
+        return conversion.model
+    config = copy.deepcopy(conversion.config)
+    config.dtype = torch.float32
+    return replace(conversion, config=config).model
+
+
+def _rounding(conversion: Conversion) -> list[str]:
+    """A note on weights that are written in another type of 16 bits than the source has."""
+    dtype, tensors = conversion.config.dtype, conversion.source.tensors
+    if dtype.itemsize > 2 or {tensors[row.foreign].dtype for row in conversion.report.rows} == {dtype}:
+        return []
+    return [f"compared before rounding: the weights are written in {str(dtype).removeprefix('torch.')}"]
+
+
 def _sizes(config: ViTRegConfig) -> list[tuple[int, int]]:
     """The size of the model, a larger one, and one that is wide."""
     (height, width), (rows, columns) = pair(config.image_size), config.patch_height_width
@@ -136,7 +156,8 @@ def _sizes(config: ViTRegConfig) -> list[tuple[int, int]]:
 
 def _pixels(conversion: Conversion, images: Sequence[PIL.Image.Image], size: tuple[int, int]) -> Tensor:
     exact = {"height": size[0], "width": size[1]}
-    return conversion.processor(images, size=exact, do_center_crop=False, return_tensors="pt")["pixel_values"]
+    pixels = conversion.processor(images, size=exact, do_center_crop=False, return_tensors="pt")["pixel_values"]
+    return pixels[:, : conversion.config.num_channels]  # of a grey image that is made RGB, one
 
 
 @torch.inference_mode()
