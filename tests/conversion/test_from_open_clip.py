@@ -1,14 +1,17 @@
 """Vision towers in OpenCLIP's own layout, compared with what timm's own converter makes of the same files."""
 
 import json
+from functools import partial
 
 import pytest
 import timm
 import torch
 from PIL import Image
+from skimage import data
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from vitreg_hf.conversion.convert import convert_checkpoint
+from vitreg_hf.conversion.verify import verify_conversion
 
 WIDTH, DEPTH, PATCH, GRID = 64, 3, 16, 4
 SIZES = ((64, 64), (96, 48), (112, 80))
@@ -45,16 +48,16 @@ def weights():
     }
 
 
-def reference(weights, quick):
+def reference(weights, quick, **options):
     """timm's model, with weights that timm's own converter names."""
     model = timm.create_model(
         f"vit_base_patch16_clip{'_quickgelu' if quick else ''}_224",
         embed_dim=WIDTH,
         depth=DEPTH,
         num_heads=1,
-        img_size=GRID * PATCH,
         num_classes=0,
         dynamic_img_size=True,
+        **{"img_size": GRID * PATCH, **options},
     )
     renamed = checkpoint_filter_fn(dict(weights), model)
     model.load_state_dict({name: tensor for name, tensor in renamed.items() if not name.startswith("head.")})
@@ -127,6 +130,18 @@ def test_without_a_config_gelu_is_taken_and_said(weights, save, assert_same_outp
     assert_same_outputs(outputs_of(reference(weights, False)), converted.model, SIZES)
 
 
+@pytest.mark.parametrize("has_settings", [True, False])
+def test_weights_of_open_clip_beside_a_config_of_transformers_are_known_by_their_names(
+    has_settings, weights, save, assert_same_outputs
+):
+    folder = save(False if has_settings else None)
+    (folder / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": {"hidden_size": WIDTH}}))
+    torch.save({"vision_model.pre_layrnorm.weight": torch.ones(WIDTH)}, folder / "pytorch_model.bin")
+    converted = convert_checkpoint(folder)
+    assert converted.report.layout == "open_clip"
+    assert_same_outputs(outputs_of(reference(weights, False)), converted.model, SIZES)
+
+
 def test_the_text_tower_is_left_out_with_a_reason(save):
     dropped = convert_checkpoint(save(False)).report.dropped
     assert set(dropped) == set(OTHERS)
@@ -143,6 +158,55 @@ def test_towers_that_are_computed_otherwise_are_refused_by_the_setting(save, tmp
     with pytest.raises(ValueError, match="Expected attentional_pool=False in a vision tower, got True"):
         convert_checkpoint(source, tmp_path / "own")
     assert not (tmp_path / "own").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "options"),
+    [
+        ({"norm_kwargs": {"eps": 0.05}}, {"norm_layer": partial(torch.nn.LayerNorm, eps=0.05)}),
+        ({"act_kwargs": {"approximate": "tanh"}}, {"act_layer": "gelu_tanh"}),
+        ({"act_kwargs": {"approximate": "none"}, "norm_kwargs": {}}, {}),
+    ],
+)
+def test_norms_and_activations_are_those_of_the_config(setting, options, weights, save, assert_same_outputs):
+    converted = convert_checkpoint(save(False, **setting))
+    assert converted.config.hidden_act == ("gelu_pytorch_tanh" if "act_layer" in options else "gelu")
+    assert_same_outputs(outputs_of(reference(weights, False, **options)), converted.model, SIZES)
+    assert verify_conversion(converted, [Image.fromarray(data.chelsea())]).is_equal
+
+
+@pytest.mark.parametrize(
+    ("quick", "setting", "message"),
+    [
+        (False, {"norm_kwargs": {"elementwise_affine": False}}, "Expected norms of another eps alone"),
+        (False, {"act_kwargs": {"inplace": True}}, "Expected GELU, by tanh or not"),
+        (False, {"act_kwargs": {"approximate": "sinh"}}, "Expected GELU, by tanh or not"),
+        (True, {"act_kwargs": {"approximate": "tanh"}}, "Expected GELU, by tanh or not"),
+        (False, {"qk_norm": True}, "Expected qk_norm=False in a vision tower, got True"),
+        (False, {"block_type": "custom"}, "Expected block_type='default' in a vision tower, got 'custom'"),
+        (False, {"rope": True}, "Expected a vision tower of settings that are known here, got rope=True"),
+    ],
+)
+def test_settings_that_make_another_tower_are_refused(quick, setting, message, save):
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(save(quick, **setting))
+
+
+def test_settings_that_change_no_output_are_read_over(save):
+    told = {"patch_dropout": 0.5, "mlp_ratio": 4.0, "ls_init_value": None, "output_tokens": True, "block_type": None}
+    assert convert_checkpoint(save(False, layers=DEPTH, patch_size=[PATCH, PATCH], **told)).config.patch_size == PATCH
+
+
+def test_patches_and_images_may_be_oblong(weights, save, assert_same_outputs):
+    weights["visual.conv1.weight"] = weights["visual.conv1.weight"][..., : PATCH // 2].clone()
+    weights["visual.positional_embedding"] = weights["visual.positional_embedding"][:9].clone()
+    converted = convert_checkpoint(save(False, patch_size=[PATCH, PATCH // 2], image_size=[2 * PATCH, 2 * PATCH]))
+    assert list(converted.config.patch_size) == [PATCH, PATCH // 2]
+    assert converted.config.position_grid == (2, 4)
+    oblong = {"patch_size": (PATCH, PATCH // 2), "img_size": 2 * PATCH}
+    model = reference(weights, False, **oblong)
+    assert_same_outputs(outputs_of(model), converted.model, ((32, 32), (64, 48)))
+    assert verify_conversion(converted, [Image.fromarray(data.chelsea())]).is_equal
 
 
 @pytest.mark.parametrize("mode", ["shortest", "squash"])

@@ -11,7 +11,8 @@ from vitreg_hf.conversion.from_transformers import LAYOUTS as OF_TRANSFORMERS
 from vitreg_hf.conversion.layout import Layout
 from vitreg_hf.conversion.stored import Source
 
-_ALL: tuple[Layout, ...] = (*OF_TRANSFORMERS, TimmLayout(), Dinov3Layout(), Dinov2Layout(), OpenClipLayout())
+# OpenCLIP goes by names of tensors that no other layout has, and its weights may lie beside a config of Transformers
+_ALL: tuple[Layout, ...] = (OpenClipLayout(), *OF_TRANSFORMERS, TimmLayout(), Dinov3Layout(), Dinov2Layout())
 LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in _ALL}
 
 

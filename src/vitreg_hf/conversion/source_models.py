@@ -6,6 +6,7 @@ Files of DINOv2, DINOv3 and OpenCLIP are read by timm's converters, which share 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -159,8 +160,12 @@ def _of_dinov3(conversion: Conversion) -> SourceModel:
 def _of_open_clip(conversion: Conversion) -> SourceModel:
     from timm.models.vision_transformer import checkpoint_filter_fn
 
-    quick = "quickgelu_" if conversion.config.hidden_act == "quick_gelu" else ""
-    model = empty_timm_model(f"vit_base_patch16_clip_{quick}224", _common_arguments(conversion.config))
+    config = conversion.config
+    quick = "quickgelu_" if config.hidden_act == "quick_gelu" else ""
+    by_tanh = {"act_layer": "gelu_tanh"} if config.hidden_act == "gelu_pytorch_tanh" else {}
+    norm = partial(nn.LayerNorm, eps=config.layer_norm_eps)
+    arguments = {**_common_arguments(config), **by_tanh, "norm_layer": norm}
+    model = empty_timm_model(f"vit_base_patch16_clip_{quick}224", arguments)
     return _timm_source(_filtered(model, conversion, checkpoint_filter_fn))
 
 

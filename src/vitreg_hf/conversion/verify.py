@@ -5,7 +5,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import PIL.Image
 import torch
@@ -142,7 +142,7 @@ def _exact_model(conversion: Conversion) -> Any:
 
 def _rounding(conversion: Conversion) -> list[str]:
     """A note on weights that are written in another type of 16 bits than the source has."""
-    dtype, tensors = conversion.config.dtype, conversion.source.tensors
+    dtype, tensors = cast(torch.dtype, conversion.config.dtype), conversion.source.tensors
     if dtype.itemsize > 2 or {tensors[row.foreign].dtype for row in conversion.report.rows} == {dtype}:
         return []
     return [f"compared before rounding: the weights are written in {str(dtype).removeprefix('torch.')}"]
