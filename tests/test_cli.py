@@ -273,6 +273,18 @@ def test_mistakes_end_in_one_sentence(models, photos, tmp_path, capsys, argument
     assert "Traceback" not in told
 
 
+@pytest.mark.parametrize(
+    ("package", "extra"), [("timm", "convert"), ("timm.layers", "convert"), ("matplotlib", "analysis")]
+)
+def test_a_package_that_is_missing_is_named_with_the_extra_that_brings_it(package, extra, capsys, monkeypatch):
+    def convert(*_, **__):
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+    monkeypatch.setattr("vitreg_hf.conversion.convert.convert_checkpoint", convert)
+    assert main(["convert", "source.pth", "nowhere"]) == 2
+    assert f"pip install 'vitreg_hf[{extra}]'" in capsys.readouterr().err
+
+
 def test_it_is_installed_as_a_command():
     shown = subprocess.run(
         [sys.executable, "-m", "vitreg_hf.cli", "--help"], capture_output=True, text=True, check=True

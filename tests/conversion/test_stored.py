@@ -1,11 +1,22 @@
 """What a checkpoint can be stored as: files, folders and indices of every kind give the same tensors."""
 
 import json
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors.torch import save_file
 
+from vitreg_hf.cli import main
+from vitreg_hf.conversion import stored
 from vitreg_hf.conversion.convert import convert_checkpoint
 from vitreg_hf.conversion.stored import open_source
 
@@ -216,3 +227,31 @@ def test_weights_are_written_in_floating_point_of_16_bits_or_more(dtype, tmp_pat
     with pytest.raises(ValueError, match=r"Expected a dtype of torch\.float16, .*torch\.float64, got"):
         convert_checkpoint(tmp_path / "is-not-opened.pth", tmp_path / "own", dtype=dtype)
     assert not (tmp_path / "own").exists()
+
+
+def answering(error):
+    """A Hub that answers so."""
+
+    def answer(*_, **__):
+        raise error
+
+    return answer
+
+
+@pytest.mark.parametrize("kind", [GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, HfHubHTTPError])
+def test_a_hub_that_refuses_is_no_mistake_of_the_user_s(kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stored.HfApi, "model_info", answering(kind("it is gated", response=Mock(headers={}))))
+    with pytest.raises(ConnectionError, match=r"Expected a/b on the Hub, got: .*it is gated"):
+        convert_checkpoint("a/b")
+    assert main(["convert", "a/b", str(tmp_path / "own")]) == 1
+    assert capsys.readouterr().err.startswith("vitreg convert: Expected a/b on the Hub, got: ")
+    assert not (tmp_path / "own").exists()
+
+
+def test_a_hub_that_stops_answering_is_no_mistake_of_the_user_s(monkeypatch, tmp_path):
+    found = SimpleNamespace(siblings=[SimpleNamespace(rfilename="model.safetensors")])
+    monkeypatch.setattr(stored.HfApi, "model_info", lambda *_, **__: found)
+    monkeypatch.setattr(stored, "snapshot_download", answering(LocalEntryNotFoundError("it does not answer")))
+    with pytest.raises(ConnectionError, match="Expected a/b on the Hub or in its cache, got neither"):
+        convert_checkpoint("a/b")
+    assert main(["convert", "a/b", str(tmp_path / "own")]) == 1

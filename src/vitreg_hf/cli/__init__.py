@@ -14,8 +14,8 @@ from vitreg_hf.cli.measuring import add_measuring
 from vitreg_hf.cli.mending import add_mending
 from vitreg_hf.cli.publishing import add_publishing
 
-# Packages that commands need beside the core, and the extra that brings them
-_EXTRAS = {"convert": "convert"}
+# Extras that bring the packages that commands need beside the core, where it is not `analysis`
+_EXTRAS = {"timm": "convert"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vitreg {options.command}: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        extra = _EXTRAS.get(options.command, "analysis")
+        extra = _EXTRAS.get((error.name or "").split(".")[0], "analysis")
         print(f"vitreg {options.command}: {error}: pip install 'vitreg_hf[{extra}]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

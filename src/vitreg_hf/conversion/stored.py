@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -96,7 +96,7 @@ def open_source(source: str | os.PathLike[str], revision: str | None = None) -> 
 
     Raises:
         ValueError: if there is no such thing, or it is damaged, holds code, or holds no tensors.
-        OSError: from the Hub.
+        ConnectionError: if the Hub refuses a repository, or is not reached and does not have it in its cache.
     """
     path = Path(source)
     if path.is_file():
@@ -260,7 +260,7 @@ def _fetched(repository: str, revision: str | None) -> Path:
 
     Raises:
         ValueError: if it has several files of weights, none of which is preferred.
-        OSError: if the Hub refuses it, or is not reached and the repository is not in its cache.
+        ConnectionError: if the Hub refuses it, or is not reached and the repository is not in its cache.
     """
 
     def fetch(names: list[str], **options: Any) -> Path:
@@ -278,8 +278,8 @@ def _fetched(repository: str, revision: str | None) -> Path:
             return fetch(wanted + [str(name) for name in set(mapped.values())] if isinstance(mapped, dict) else wanted)
         return fetch([*wanted, weights])
     except HfHubHTTPError as error:
-        raise OSError(f"Expected {repository} on the Hub, got: {' '.join(str(error).split())}") from error
-    except (HTTPError, ConnectionError) as error:
+        raise ConnectionError(f"Expected {repository} on the Hub, got: {' '.join(str(error).split())}") from error
+    except (HTTPError, ConnectionError, LocalEntryNotFoundError) as error:
         try:
             return fetch(list(CONFIGS), local_files_only=True)
         except OSError:
