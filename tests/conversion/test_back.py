@@ -440,6 +440,12 @@ def test_weights_that_the_config_does_not_describe_are_refused(save_own, tmp_pat
         export_checkpoint(source, tmp_path / "back", layout="dinov2_with_registers")
 
 
+def test_an_architecture_is_told_to_timm_alone(filled, tmp_path, through):
+    filled(TRANSFORMERS["dinov2"]()).save_pretrained(tmp_path / "source")
+    with pytest.raises(ValueError, match=r"Expected no architecture to be told for .*, which does not read it"):
+        through(tmp_path / "source", architecture="vit_small_patch14_dinov2")
+
+
 def test_a_folder_that_is_there_is_not_touched_unless_told(filled, tmp_path, through):
     filled(TRANSFORMERS["dinov2"]()).save_pretrained(tmp_path / "source")
     (tmp_path / "back").mkdir()

@@ -73,6 +73,10 @@ def export_checkpoint(
         raise ValueError(f"Expected the name of a layout, as {source} was not converted from one, got none")
     facts = dict(own.conversion.get("facts") or {})
     if architecture is not None:
+        if "architecture" not in named_layout(name).reads:
+            raise ValueError(
+                f"Expected no architecture to be told for {name}, which does not read it, got {architecture!r}"
+            )
         facts = {"architecture": architecture}
     writing = named_layout(name).write(own.config, own.has_head, facts, own.processor)
     own = _with_cls_position(own, writing)
@@ -139,7 +143,8 @@ def _write(folder: Path, writing: Writing, tensors: Iterator[tuple[str, Tensor]]
 
 def _check_again(folder: Path, layout: str, own: _Own, facts: Mapping[str, Any], writing: Writing) -> None:
     """Refuse what would be read as another model than was written."""
-    told = Told(facts.get("architecture"), own.config.num_attention_heads, use_mask_token=own.config.use_mask_token)
+    architecture = facts.get("architecture") if "architecture" in named_layout(layout).reads else None
+    told = Told(architecture, own.config.num_attention_heads, use_mask_token=own.config.use_mask_token)
     place = folder / writing.weights if writing.weights.endswith(".pth") else folder
     heads = [folder / name for name in writing.apart.values() if (folder / name).is_file()]
     again = plan_conversion(place, layout, head=heads[0] if heads else None, told=told).config

@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
-from vitreg_hf.conversion.layout import Layout, Reading, Told, check_depth, empty_model, own_shapes
+from vitreg_hf.conversion.layout import Layout, Reading, Told, check_depth, check_told, empty_model, own_shapes
 from vitreg_hf.conversion.layouts import named_layout, recognised
 from vitreg_hf.conversion.report import Report
 from vitreg_hf.conversion.rules import Row, rows_of
@@ -93,7 +93,7 @@ def convert_checkpoint(
         architecture: name of a model of timm, where the checkpoint does not say it.
         layer_norm_eps: where the checkpoint does not say it; left out, that of its layout.
         num_attention_heads: where the checkpoint does not say it; left out, one per 64 channels.
-        use_mask_token: keep the token that stands for masked patches in self-supervision.
+        use_mask_token: keep the token that stands for masked patches in self-supervision, which must be there.
         dtype: type of the weights, floating point of 16 bits or more; left out, that of the source.
         overwrite: replace the output folder.
 
@@ -102,8 +102,8 @@ def convert_checkpoint(
 
     Raises:
         ValueError: if the source is damaged, holds code, is of no known layout or of one that the family cannot hold
-            (with the reason), or a tensor is missing, unknown, of another shape or no floating point tensor; before
-            anything is written.
+            (with the reason), is told what it says otherwise or does not read, or a tensor is missing, unknown, of
+            another shape or no floating point tensor; before anything is written.
         OSError: from the Hub or the disk; nothing is left behind.
 
     Example:
@@ -139,6 +139,7 @@ def plan_conversion(
     told = told or Told()
     known, why = _layout_of(opened, layout, told)
     reading = _reading(known, opened, told)
+    check_told(known, reading.config, told)
     if told.layer_norm_eps is not None:
         reading.config.layer_norm_eps = told.layer_norm_eps
         reading.config.check_values()

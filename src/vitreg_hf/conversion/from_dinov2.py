@@ -42,6 +42,7 @@ class Dinov2Layout:
 
     name = "dinov2"
     title = "DINOv2's own .pth"
+    reads = ("num_attention_heads", "layer_norm_eps", "use_mask_token")
 
     def recognise(self, source: Source) -> str | None:
         names = source.tensors

@@ -52,6 +52,7 @@ class Dinov3Layout:
 
     name = "dinov3"
     title = "DINOv3's own .pth"
+    reads = ("num_attention_heads", "layer_norm_eps", "use_mask_token")
 
     def recognise(self, source: Source) -> str | None:
         names = source.tensors

@@ -53,6 +53,7 @@ class OpenClipLayout:
 
     name = "open_clip"
     title = "vision tower of OpenCLIP"
+    reads = ("num_attention_heads", "layer_norm_eps")
 
     def recognise(self, source: Source) -> str | None:
         return "visual.class_embedding" if "visual.class_embedding" in source.tensors else None

@@ -42,6 +42,7 @@ class TimmLayout:
 
     name = "timm"
     title = "timm"
+    reads = ("architecture", "num_attention_heads", "layer_norm_eps")
 
     def recognise(self, source: Source) -> str | None:
         if architecture := (source.config or {}).get("architecture"):
@@ -60,6 +61,7 @@ class TimmLayout:
         prefix = _TRUNK if any(name.startswith(_TRUNK) for name in source.tensors) else ""
         weights = _bare(source, prefix)
         stated = _arguments(saved, source, prefix)
+        _check_heads(stated, told)
         model, arguments = fitting_model(architecture, stated, weights, told.num_attention_heads)
         _set_pooling(model, source)
         settings = {**model.pretrained_cfg, **(saved.get("pretrained_cfg") or {})}
@@ -112,6 +114,13 @@ def _bare(source: Source, prefix: str) -> Source:
         return source
     tensors = {name.removeprefix(prefix): t for name, t in source.tensors.items() if name.startswith(prefix)}
     return source.changed(tensors, f"the tower is what stands under {prefix!r}")
+
+
+def _check_heads(stated: Mapping[str, Any], told: Told) -> None:
+    """Refuse heads that are told against those that the source states; raises ValueError."""
+    heads = stated.get("num_heads")
+    if heads is not None and told.num_attention_heads not in (None, heads):
+        raise ValueError(f"Expected num_attention_heads={heads}, as the config says, got {told.num_attention_heads}")
 
 
 def _guessed(told: Told, stated: Mapping[str, Any], arguments: Mapping[str, Any]) -> list[str]:

@@ -62,6 +62,7 @@ class TransformersLayout:
         classifier: its class for image classification; None if this family cannot hold it, or there is none.
         dropped: patterns of names that are left out, and why.
         around: model type of the model of images and texts around it.
+        reads: what is read of that which is told.
     """
 
     name: str
@@ -73,6 +74,7 @@ class TransformersLayout:
     classifier: str | None = None
     dropped: Mapping[str, str] = field(default_factory=dict)
     around: str | None = None
+    reads: tuple[str, ...] = ("use_mask_token",)
 
     def recognise(self, source: Source) -> str | None:
         found = (source.config or {}).get("model_type")

@@ -1,7 +1,7 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
 """What a file of a source family provides: how to recognise its checkpoints, read them, and write them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -92,6 +92,10 @@ class Layout(Protocol):
     def title(self) -> str:
         """What it is, in a few words."""
 
+    @property
+    def reads(self) -> Collection[str]:
+        """Fields of `Told` that it reads, where the source does not say them."""
+
     def recognise(self, source: Source) -> str | None:
         """Why a source is of this layout, or None if it is not."""
 
@@ -113,6 +117,17 @@ def check_depth(config: ViTRegConfig, source: Source) -> None:
     blocks, tensors = config.num_hidden_layers, len(source.tensors)
     if blocks > tensors:
         raise ValueError(f"Expected weights of {blocks} blocks in {source.name}, got {tensors} tensors")
+
+
+def check_told(layout: Layout, config: ViTRegConfig, told: Told) -> None:
+    """Refuse what is told and was not read, unless the config says the same; raises ValueError."""
+    if told.use_mask_token and not config.use_mask_token:
+        raise ValueError(f"Expected a mask token that can be kept, got {layout.title} without one")
+    for name, value in vars(told).items():
+        is_told = value is not None and value is not False
+        if is_told and name not in layout.reads and value != getattr(config, name, None):
+            known = f"has {getattr(config, name)!r}" if hasattr(config, name) else "does not read it"
+            raise ValueError(f"Expected no {name} to be told for {layout.title}, which {known}, got {value!r}")
 
 
 def own_shapes(config: ViTRegConfig, has_head: bool) -> dict[str, tuple[int, ...]]:

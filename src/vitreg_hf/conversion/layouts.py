@@ -1,5 +1,5 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
-"""All layouts, in the order in which a source is tried against them."""
+"""All layouts, and which of them a source is of."""
 
 from collections.abc import Mapping
 
@@ -11,8 +11,8 @@ from vitreg_hf.conversion.from_transformers import LAYOUTS as OF_TRANSFORMERS
 from vitreg_hf.conversion.layout import Layout
 from vitreg_hf.conversion.stored import Source
 
-# OpenCLIP goes by names of tensors that no other layout has, and its weights may lie beside a config of Transformers
-_ALL: tuple[Layout, ...] = (OpenClipLayout(), *OF_TRANSFORMERS, TimmLayout(), Dinov3Layout(), Dinov2Layout())
+_OPEN_CLIP = OpenClipLayout()
+_ALL: tuple[Layout, ...] = (*OF_TRANSFORMERS, TimmLayout(), Dinov3Layout(), Dinov2Layout(), _OPEN_CLIP)
 LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in _ALL}
 
 
@@ -32,7 +32,8 @@ def recognised(source: Source) -> tuple[Layout, str]:
     model_type = (source.config or {}).get("model_type")
     if model_type == "vitreg":
         raise ValueError(f"Expected a checkpoint of another family, got {source.name}, which is of ViTReg already")
-    for layout in LAYOUTS.values():
+    # first what goes by names of tensors that no other layout has: a config of Transformers may lie beside OpenCLIP's
+    for layout in (_OPEN_CLIP, *_ALL):
         if why := layout.recognise(source):
             return layout, why
     looks = f"model_type {model_type!r}" if model_type else f"tensors such as {', '.join(list(source.tensors)[:3])}"
