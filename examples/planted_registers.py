@@ -5,7 +5,7 @@
 
 Small models have no artifacts, and large ones have to be downloaded. This writes a network of the size of ViT-S/16
 with five planted register neurons, and images whose blue patches they fire for, and gives it test-time registers as
-`vitreg registers outputs/planted/model outputs/planted/images outputs/planted/mended` does. In about 50 seconds on one
+`vitreg registers outputs/planted/model outputs/planted/images outputs/planted/mended` does. In about 80 seconds on one
 CPU core it finds these five among 18,432 neurons, and `outputs/planted/mended/report/before_after.png` shows the rest.
 """
 
@@ -45,7 +45,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output_dir", type=Path, default=Path("outputs/planted"), help="folder of all that is written"
     )
-    parser.add_argument("--num_images", type=int, default=16, help="images, of which the last has nothing redundant")
+    parser.add_argument("--num_images", type=int, default=30, help="images, of which the last has nothing redundant")
     parser.add_argument("--swiglu", action="store_true", help="blocks with SwiGLU rather than an MLP")
     options = parser.parse_args(argv)
     if options.num_images < 4:

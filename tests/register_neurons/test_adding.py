@@ -292,6 +292,34 @@ def test_a_mended_model_can_be_mended_with_other_neurons(images):
     assert torch.equal(said(again, images.pixels).pooler_output, said(once, images.pixels).pooler_output)
 
 
+def test_a_bias_for_other_neurons_is_not_mended_again(images):
+    mended = add_test_time_registers(planted_network(), planted_neurons(planted_network().config))
+    biased = bias_from_images(mended, images.pixels)
+    with pytest.raises(ValueError, match="got one with an attention bias for its register neurons"):
+        add_test_time_registers(biased, [(0, 1)])
+
+
+def test_weights_that_are_added_have_the_type_of_the_others(images):
+    model = planted_network().to(torch.bfloat16)
+    mended = add_test_time_registers(model, planted_neurons(model.config))
+    for one in (bias_from_images(mended, images.pixels), add_registers(model, 2, mean_patch(model, images.pixels))):
+        assert {parameter.dtype for parameter in one.parameters()} == {torch.bfloat16}
+
+
+def test_what_is_frozen_stays_so_in_the_mode_that_it_was_in(images):
+    model = planted_network(registers=1).requires_grad_(False).train()
+    model.layers[0].eval()
+    model.config.name_or_path = "from/here"
+    mended = add_test_time_registers(model, planted_neurons(model.config))
+    assert not any(parameter.requires_grad for parameter in mended.parameters())
+    added = add_registers(model, 2)
+    assert [name for name, p in added.named_parameters() if p.requires_grad] == ["embeddings.register_tokens"]
+    for one in (mended, added):
+        assert [layer.training for layer in one.layers] == [False, *[True] * 5]
+        assert one.training
+        assert one.name_or_path == "from/here"
+
+
 def test_a_copy_of_a_mended_model_is_its_own(images):
     mended = add_test_time_registers(planted_network(), planted_neurons(planted_network().config))
     other = copy.deepcopy(mended)

@@ -318,3 +318,10 @@ def test_the_model_is_left_as_it_was(images):
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert model.config.to_dict() == config
     assert [(len(part._forward_hooks), len(part._forward_pre_hooks)) for part in model.modules()] == hooks
+
+
+def test_norms_that_are_no_numbers_are_not_those_of_a_healthy_model(images):
+    model = network()
+    model.layers[0].mlp.down_proj.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"Expected finite norms of patches, got others from weights in torch\.float32"):
+        find(model, images.pixels)

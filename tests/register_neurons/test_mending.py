@@ -307,8 +307,9 @@ def test_a_folder_that_holds_a_model_is_refused_before_work(source, photos, tmp_
 
 
 def test_overwriting_leaves_nothing_of_the_former(source, photos, tmp_path, quick):
-    command = ["registers", str(source), str(photos), str(tmp_path), "--top-k", "5"]
-    assert main(command) == 0
+    command = ["registers", str(source), str(photos), str(tmp_path)]
+    assert main([*command, "--top-k", "5"]) == 0
+    (tmp_path / "conversion.json").write_text("{}")
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"old")
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     (tmp_path / "notes.txt").write_text("mine")
@@ -316,6 +317,7 @@ def test_overwriting_leaves_nothing_of_the_former(source, photos, tmp_path, quic
     assert {path.name for path in tmp_path.iterdir()} >= {*FILES, "notes.txt"}
     assert not {path.name for path in tmp_path.iterdir()} & {
         *("register_neurons.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"),
+        "conversion.json",
     }
     assert ViTRegModel.from_pretrained(tmp_path).config.num_register_tokens == 1
 
@@ -333,8 +335,9 @@ def test_overwriting_measures_the_new_model(source, photos, tmp_path, unpainted)
 @pytest.mark.parametrize("step", ["model.safetensors", "preprocessor_config.json", "registers.json"])
 def test_what_is_interrupted_leaves_no_half_model(step, source, photos, tmp_path, monkeypatch, quick, capsys):
     """Neither alone nor beside one that was there: what has no config does not load."""
-    command = ["registers", str(source), str(photos), str(tmp_path), "--top-k", "5"]
-    assert main([*command, "--method", "added"]) == 0
+    added = ["registers", str(source), str(photos), str(tmp_path), "--method", "added"]
+    command = [*added[:-2], "--top-k", "5"]
+    assert main(added) == 0
     replace = mending.os.replace
 
     def interrupted(old, new):
@@ -423,3 +426,30 @@ def test_sources_that_are_none_are_told(photos, tmp_path, capsys):
         assert main(["registers", str(source), str(photos), str(tmp_path / "out")]) in (1, 2)
         assert "vitreg registers: " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method", "added", "--top-k", "5"],
+        ["--method", "added", "--cls", "keep"],
+        ["--method", "added", "--neurons", "x"],
+    ],
+)
+def test_options_that_added_registers_do_not_read_are_refused(options, source, photos, tmp_path, capsys):
+    assert main(["registers", str(source), str(photos), str(tmp_path / "out"), *options]) == 2
+    assert "which moves no neurons" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [["--top-layer", "2"], ["--cutoff", "fixed", "--cutoff-value", "9"]])
+def test_a_search_is_not_judged_by_another_rule(options, source, photos, tmp_path, capsys):
+    command = ["registers", str(source), str(photos), str(tmp_path / "out"), "--neurons", "file.json", *options]
+    assert main(command) == 2
+    assert "whose search had its own" in capsys.readouterr().err
+
+
+def test_added_registers_are_judged_by_the_rule_that_is_told(source, photos, tmp_path, quick):
+    told = ["--method", "added", "--cutoff", "fixed", "--cutoff-value", "123"]
+    assert main(["registers", str(source), str(photos), str(tmp_path), *told]) == 0
+    assert change(tmp_path, "outlier_share")["name"] == "patches above the norm 123"

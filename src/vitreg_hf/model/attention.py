@@ -65,7 +65,7 @@ def _placed(
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))
     if rotation is None:
         return query, key, value
-    of_queries = Rotation(*(part[..., : query.shape[2], :] for part in rotation))
+    of_queries = Rotation(*(TokenLayout.first_by_head(part, query.shape[2]) for part in rotation))
     return rotated(query, of_queries), rotated(key, rotation), value
 
 
@@ -154,7 +154,7 @@ class ViTRegAttention(RecordedModule):
 
         query, key, value = _placed(*projected, *rotations)
         if num_queries is not None and attention_mask is not None:
-            attention_mask = attention_mask[:, :, :num_queries]
+            attention_mask = self.layout.first_by_head(attention_mask, num_queries)
         attended, weights = self._attend(query, key, value, attention_mask, **kwargs)
         output = self.o_proj(attended.reshape(*queries.shape[:-1], -1))
 

@@ -52,11 +52,11 @@ class ViTRegKwargs(TransformersKwargs, total=False):
     """Keyword arguments of every forward pass, besides those of Transformers.
 
     output_prefix_attentions: return what CLS and registers attend to, for all layers (True) or for the layers listed.
-    output_tokens: False leaves out of the last layer what nothing reads (see `ViTRegModel.forward`).
+    output_tokens: False leaves out of the last layer what is not read (see `ViTRegModel.forward`).
     """
 
     output_prefix_attentions: LayerSelection | None
-    output_tokens: bool
+    output_tokens: bool | None
 
 
 # Models
@@ -230,7 +230,7 @@ class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         output_prefix_attentions: LayerSelection | None = None,
-        output_tokens: bool = True,
+        output_tokens: bool | None = None,
         **kwargs: Any,
     ) -> ViTRegModelOutput:
         """Run the backbone (section 2.2 of the paper).
@@ -244,10 +244,9 @@ class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
                 whatever the backend. Holds N x N maps; `output_prefix_attentions` is the cheap way.
             output_hidden_states: return `hidden_states`, embeddings and every block's output, before the final norm.
             output_prefix_attentions: return `prefix_attentions`, for all layers or for those listed.
-            output_tokens: False computes of the last layer what the pooling of the config reads, and nothing else if
-                that is enough: with pooling `cls` keys and values of all tokens, all else of CLS alone. Outputs are
-                equal; tokens that were not computed are None, `last_hidden_state` among them. What else is asked for
-                (hidden states, attention) is computed all the same, and then so are all tokens.
+            output_tokens: False computes of the last layer what the pooling of the config reads, unless hidden states
+                or attention are asked for: with pooling `cls` keys and values of all tokens, all else of CLS alone.
+                Outputs are equal; tokens that were not computed are None, `last_hidden_state` among them.
 
         Returns:
             `ViTRegModelOutput`.
@@ -268,7 +267,8 @@ class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
             "output_hidden_states": self._or_config("output_hidden_states", output_hidden_states),
             "output_prefix_attentions": prefix_layers,
         }
-        num_tokens = None if output_tokens or any(wanted.values()) else self._num_tokens_read(token_mask)
+        whole = output_tokens is not False or any(wanted.values())
+        num_tokens = None if whole else self._num_tokens_read(token_mask)
         encoded = self._run_layers(
             embedded.tokens, token_mask, _rotations([embedded]), num_tokens, **wanted, return_dict=True, **kwargs
         )

@@ -22,6 +22,8 @@ from transformers.modeling_outputs import (
 class ViTRegTokens:
     """The tokens of the last layer by name, all views of one tensor, after the final norm.
 
+    With `output_tokens=False` those that were not computed are None, and no item of a tuple (`return_dict=False`).
+
     Attributes:
         cls_token: `(B, D)`; None without CLS.
         register_tokens: `(B, R, D)`; None without registers.

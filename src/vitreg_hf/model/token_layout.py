@@ -45,6 +45,11 @@ class TokenLayout:
         """View of the first tokens, `(B, count, ...)` of `(B, N, ...)`; None for all of them."""
         return tokens if count is None else tokens[:, :count]
 
+    @staticmethod
+    def first_by_head(values: Tensor, count: int) -> Tensor:
+        """View of the first tokens' queries, rotations or rows of a mask, `(..., count, d)` of `(..., N, d)`."""
+        return values[..., :count, :]
+
     def join(self, cls_token: Tensor | None, registers: Tensor | None, patches: Tensor) -> Tensor:
         """Build the sequence `(B, N, D)` from CLS `(1, 1, D)`, registers `(1, R, D)` and patches `(B, P, D)`."""
         batch_size = patches.shape[0]

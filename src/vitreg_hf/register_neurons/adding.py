@@ -4,6 +4,7 @@
 The models that come out are ordinary ones of the family, and share their weights with the one that came in.
 """
 
+import operator
 from collections.abc import Iterable
 from typing import Any, Literal, TypeVar, cast
 
@@ -32,7 +33,8 @@ def add_test_time_registers(
 
     Args:
         model: of this family, with or without a head, and with or without trained registers.
-        neurons: pairs of layer and neuron, as `find_register_neurons` finds them.
+        neurons: pairs of layer and neuron, as `find_register_neurons` finds them; they replace those that the model
+            has already.
         num_registers: how many test-time registers; the neurons take turns. One is enough (the authors' finding).
         cls: whether register neurons become 0 on CLS too (the paper), or CLS keeps them (the authors' code).
         init: what the tokens hold at first; makes no difference (the authors' finding).
@@ -42,9 +44,12 @@ def add_test_time_registers(
         A new model of the same class that shares its weights with the given one.
 
     Raises:
-        ValueError: if there are no neurons, or they are none of this model.
+        ValueError: if there are no neurons, they are none of this model, or it has an attention bias for others.
     """
-    pairs = [[int(layer), int(neuron)] for layer, neuron in neurons]
+    config = model.config
+    if config.register_neurons and config.attention_bias_kv:
+        raise ValueError("Expected a model as it was trained, got one with an attention bias for its register neurons")
+    pairs = [[operator.index(layer), operator.index(neuron)] for layer, neuron in neurons]
     if not pairs:
         raise ValueError("Expected at least one register neuron, got none")
     if num_registers < 1:
@@ -67,7 +72,8 @@ def add_attention_bias(model: Model, keys: Tensor, values: Tensor) -> Model:
 
     Args:
         model: with one test-time register.
-        keys, values: mean key and value of the register in every block, `(layers, h, d)`: `mean_register`.
+        keys, values: mean key and value of the register in every block, `(L, h, d)` for L blocks with h heads of d
+            channels: `mean_register`.
 
     Returns:
         A new model of the same class that shares its other weights with the given one.
@@ -83,8 +89,9 @@ def add_attention_bias(model: Model, keys: Tensor, values: Tensor) -> Model:
     if keys.shape != shape or values.shape != shape:
         raise ValueError(f"Expected keys and values of shape {shape}, got {tuple(keys.shape)}, {tuple(values.shape)}")
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    like = cast(ViTRegModel, model.base_model).embeddings.patch_embeddings.projection.weight
     biases = {
-        f"{prefix}layers.{layer}.attention.{name}": tensor[layer].clone()
+        f"{prefix}layers.{layer}.attention.{name}": tensor[layer].to(like, copy=True)
         for name, tensor in (("bias_k", keys), ("bias_v", values))
         for layer in range(config.num_hidden_layers)
     }
@@ -135,6 +142,8 @@ def add_registers(model: Model, num_registers: int, initial: Tensor | None = Non
 def with_config(model: Model, weights: dict[str, Tensor] | None = None, **changes: Any) -> Model:
     """A model of the same class with other fields of its config, which shares its weights.
 
+    What is frozen stays so, and every part is in the mode that it was in; new parameters are to be trained.
+
     Args:
         model: any model of the family.
         weights: parameters that are new or changed, by name.
@@ -147,7 +156,15 @@ def with_config(model: Model, weights: dict[str, Tensor] | None = None, **change
         changes["use_mask_token"] = True  # a model may have one that its config does not tell of
     config = ViTRegConfig.from_dict(model.config.to_dict(), **changes)
     config._attn_implementation = model.config._attn_implementation
+    config.name_or_path = model.config.name_or_path
     with torch.device("meta"):
         changed = type(model)(config)
-    changed.load_state_dict({**model.state_dict(), **(weights or {})}, strict=True, assign=True)
-    return changed.train(model.training)
+    weights = weights or {}
+    changed.load_state_dict({**model.state_dict(), **weights}, strict=True, assign=True)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    for name, parameter in changed.named_parameters():
+        parameter.requires_grad_(name in weights or name not in frozen)
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in changed.named_modules():
+        module.training = modes.get(name, model.training)
+    return changed

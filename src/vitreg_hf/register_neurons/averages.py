@@ -29,6 +29,9 @@ def mean_patch(
 
     With its position, and before the norm of the embeddings if there is one: there, registers join the patches. Only
     the embeddings are computed.
+
+    Raises:
+        ValueError: if images do not fit.
     """
     batches = batches_of(images, processor, num_images, batch_size, image_size)
     embeddings = cast(ViTRegModel, model.base_model).embeddings
@@ -96,7 +99,8 @@ def bias_from_images(
     batch_size: int = 8,
     image_size: int | None = None,
 ) -> ViTRegPreTrainedModel:
-    """The model with its test-time registers turned into a bias of attention; arguments as in `mean_register`."""
+    """The model with its test-time register turned into a bias of attention; arguments and errors as in
+    `mean_register` and `add_attention_bias`."""
     keys, values = mean_register(
         model, images, processor, num_images=num_images, batch_size=batch_size, image_size=image_size
     )

@@ -119,6 +119,8 @@ def _found(
     subject = subject_of(model, device=str(model.device))
     state = rule.state(len(subject.anatomy.blocks))
     norms = torch.cat(_norms(subject, batches, progress))  # (n, L + 1, P)
+    if not norms.isfinite().all():
+        raise ValueError(f"Expected finite norms of patches, got others from weights in {model.dtype}")
     threshold = cutoff(norms[:, state].flatten().numpy(), rule.rule, rule.value)
     outliers = norms[:, state] > threshold
     share = float(outliers.float().mean())

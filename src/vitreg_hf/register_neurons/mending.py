@@ -26,7 +26,7 @@ from vitreg_hf.analysis.images import ImageFiles, find_images, image_batches, la
 from vitreg_hf.analysis.measure import Pass
 from vitreg_hf.analysis.outliers import OutlierRule
 from vitreg_hf.analysis.report import write_json
-from vitreg_hf.analysis.token_norms import patch_norms
+from vitreg_hf.analysis.token_norms import cutoff, patch_norms
 from vitreg_hf.conversion.convert import convert_checkpoint
 from vitreg_hf.model.configuration_vitreg import ViTRegConfig
 from vitreg_hf.register_neurons.adding import add_registers, add_test_time_registers
@@ -77,10 +77,19 @@ class MendSettings:
         if self.num_registers < 1 or (self.method == "attention-bias" and self.num_registers > 1):
             wanted = "one register" if self.method == "attention-bias" else "one register or more"
             raise ValueError(f"Expected {wanted}, got {self.num_registers}")
+        searching = {"top_k": self.top_k, "top_layer": self.top_layer, "neurons": self.neurons}
+        told = [name for name, value in searching.items() if value is not None]
+        told += [name for name in ("cls", "init") if getattr(self, name) != "zero"]
+        if self.method == "added" and told:
+            raise ValueError(f"Expected none of {', '.join(told)} for method='added', which moves no neurons")
+        if self.neurons is not None and (self.top_layer is not None or self.rule != OutlierRule()):
+            raise ValueError(
+                "Expected neither top_layer nor a rule of outliers beside neurons, whose search had its own"
+            )
 
-    def state(self, layers: int, neurons: RegisterNeurons | None) -> int:
-        """After how many blocks norms are judged: as in the search, whose threshold holds nowhere else."""
-        return self.rule.state(layers) if neurons is None else neurons.state
+    def judged_by(self, neurons: RegisterNeurons | None) -> OutlierRule:
+        """What an outlier is before and after: the threshold of the search, if there was one."""
+        return self.rule if neurons is None else OutlierRule("fixed", neurons.threshold, neurons.state)
 
 
 def mend(source: str, images: str | Path, output: str | Path, settings: MendSettings | None = None) -> dict[str, Any]:
@@ -108,8 +117,8 @@ def mend(source: str, images: str | Path, output: str | Path, settings: MendSett
     neurons = None if settings.method == "added" else _neurons(before, files, settings)
     after = _subject(before, _mended(before, files, neurons, settings), settings.method)
     folder.mkdir(parents=True, exist_ok=True)
-    cutoff = AnalyzeSettings(settings.how, settings.rule, probes=False, pictured=settings.pictured)
-    compared = compare(before, after, all_files, folder / REPORT, cutoff)  # which lists those that are left out
+    how = AnalyzeSettings(settings.how, settings.judged_by(neurons), probes=False, pictured=settings.pictured)
+    compared = compare(before, after, all_files, folder / REPORT, how)  # which lists those that are left out
     results = {
         "source": source,
         "method": settings.method,
@@ -222,7 +231,8 @@ def _save(subject: Subject, folder: Path, neurons: RegisterNeurons | None, resul
         write_json(made / RESULTS, results)
         if neurons is not None:
             neurons.save(made / NEURONS)
-        for old in (folder / "config.json", folder / NEURONS, *folder.glob("model*.safetensors*")):
+        replaced = ("config.json", NEURONS, "conversion.json")  # the last is of the model that is replaced
+        for old in (*(folder / name for name in replaced), *folder.glob("model*.safetensors*")):
             old.unlink(missing_ok=True)
         for file in sorted(made.iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, folder / file.name)
@@ -237,9 +247,10 @@ def _changes(
     before: Subject, after: Subject, files: ImageFiles, neurons: RegisterNeurons | None, settings: MendSettings
 ) -> list[dict[str, Any]]:
     """Norms against the cutoff of the original, pooled features, and accuracy where there are labels."""
-    state = settings.state(len(before.anatomy.blocks), neurons)
+    rule = settings.judged_by(neurons)
+    state = rule.state(len(before.anatomy.blocks))
     first, second = (_looked(subject, files, settings.how, state) for subject in (before, after))
-    threshold = 2 * float(first[0].median()) if neurons is None else neurons.threshold
+    threshold = cutoff(first[0].flatten().numpy(), rule.rule, rule.value)
     shares = [100 * float((norms > threshold).float().mean()) for norms, _ in (first, second)]
     cosine = float(torch.cosine_similarity(first[1], second[1], dim=1).mean())
     rows = [
@@ -298,7 +309,7 @@ def _draw(
     settings: MendSettings,
     folder: Path,
 ) -> None:
-    state = settings.state(len(before.anatomy.blocks), neurons)
+    state = settings.judged_by(neurons).state(len(before.anatomy.blocks))
     drawn = files.first(settings.pictured)
     looked = [look_at(subject, drawn, settings.how, state) for subject in (before, after)]
     attention = [_of_cls(one) for one in looked] if before.layout.num_cls else None
