@@ -192,6 +192,13 @@ def test_settings_that_make_another_tower_are_refused(quick, setting, message, s
         convert_checkpoint(save(quick, **setting))
 
 
+def test_another_epsilon_than_that_of_the_config_is_refused(save):
+    source = save(False, norm_kwargs={"eps": 0.05})
+    with pytest.raises(ValueError, match=r"Expected layer_norm_eps=0\.05, as norm_kwargs says, got 0\.1"):
+        convert_checkpoint(source, layer_norm_eps=0.1)
+    assert convert_checkpoint(source, layer_norm_eps=0.05).config.layer_norm_eps == 0.05
+
+
 def test_settings_that_change_no_output_are_read_over(save):
     told = {"patch_dropout": 0.5, "mlp_ratio": 4.0, "ls_init_value": None, "output_tokens": True, "block_type": None}
     assert convert_checkpoint(save(False, layers=DEPTH, patch_size=[PATCH, PATCH], **told)).config.patch_size == PATCH

@@ -70,7 +70,7 @@ class OpenClipLayout:
             num_attention_heads=_heads(width, settings, told),
             intermediate_size=shape_of(source, f"{_FIRST}.mlp.c_fc.weight", 2)[0],
             hidden_act=_activation(settings, is_quick),
-            layer_norm_eps=_epsilon(settings),
+            layer_norm_eps=_epsilon(settings, told),
             image_size=image_size[0] if image_size[0] == image_size[1] else image_size,
             patch_size=patch[0] if patch[0] == patch[1] else patch,
             num_channels=channels,
@@ -128,10 +128,13 @@ def _activation(settings: Mapping[str, Any], is_quick: bool) -> str:
     return known[options["approximate"]]
 
 
-def _epsilon(settings: Mapping[str, Any]) -> float:
+def _epsilon(settings: Mapping[str, Any], told: Told) -> float:
+    """Epsilon of all norms: OpenCLIP's, or of the config; raises ValueError for another one that is told."""
     options = settings.get("norm_kwargs") or {}
     if options.keys() - {"eps"}:
         raise ValueError(f"Expected norms of another eps alone in a vision tower, got norm_kwargs={options!r}")
+    if "eps" in options and told.layer_norm_eps not in (None, options["eps"]):
+        raise ValueError(f"Expected layer_norm_eps={options['eps']}, as norm_kwargs says, got {told.layer_norm_eps}")
     return options.get("eps", 1e-5)
 
 
