@@ -40,7 +40,8 @@ def before_after_figure(
     """
     blocks = [("norm of each patch", norms, "inferno", "L2 norm before the final norm")]
     if attention is not None:
-        label = "attention / even share (last layer, mean of heads)\nwhat is not on patches is on CLS, registers or their bias"
+        elsewhere = "what is not on patches is on CLS, registers or their bias"
+        label = f"attention / even share (last layer, mean of heads)\n{elsewhere}"
         blocks.append(("what CLS attends to", attention, "viridis", label))
     width = 2.0 * (1 + 2 * len(blocks)) + 2.2
     figure = new_figure(width, 2.05 * len(images) + 1.4)
