@@ -392,6 +392,21 @@ def test_pixels_of_a_saved_processor_are_those_of_the_source(filled, save, photo
     assert_same_pixels(theirs, hf.AutoImageProcessor.from_pretrained(tmp_path / "own"))
 
 
-def test_a_missing_processor_is_said(filled, save):
-    notes = convert_checkpoint(save(filled(FAMILIES["dinov2"]()))).report.notes
-    assert any("no image processor" in note for note in notes)
+@pytest.mark.parametrize(
+    ("family", "size", "crop", "mean"),
+    [
+        ("dinov2", {"shortest_edge": 256}, 224, 0.485),
+        ("vit", {"height": 56, "width": 56}, None, 0.5),
+        ("dinov3", {"height": 56, "width": 56}, None, 0.485),
+        ("clip", {"shortest_edge": 56}, 56, 0.48145466),
+    ],
+)
+def test_a_missing_processor_is_that_of_the_family_and_said(filled, save, family, size, crop, mean):
+    converted = convert_checkpoint(save(filled(FAMILIES[family]())))
+    assert dict(converted.processor.size) == size
+    assert converted.processor.do_center_crop == (crop is not None)
+    if crop is not None:
+        assert dict(converted.processor.crop_size) == {"height": crop, "width": crop}
+    assert converted.processor.image_mean[0] == mean
+    (note,) = [note for note in converted.report.notes if "no image processor" in note]
+    assert f"mean {mean:.3g}" in note

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING
 
 from vitreg_hf.conversion import transformers_names as names
 from vitreg_hf.conversion.layout import Reading, Told, Writing
-from vitreg_hf.conversion.processors import from_transformers
+from vitreg_hf.conversion.processors import from_transformers, of_family
 from vitreg_hf.conversion.rules import Reshaped, Rule, Table
 from vitreg_hf.conversion.stored import Source
 from vitreg_hf.conversion.transformers_configs import (
@@ -94,7 +94,8 @@ class TransformersLayout:
         )
         options, notes = from_transformers(source.processor or {}, config.patch_size)
         if source.processor is None:
-            notes.append("no image processor beside the weights: ImageNet's statistics and usual sizes are taken")
+            options, note = of_family(self.model_type, config)
+            notes.append(f"no image processor beside the weights: {note}")
         if self.model_type == "dinov2" and registers_of(source):
             notes.append(_HIBOU)
         return Reading(

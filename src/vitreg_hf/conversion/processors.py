@@ -13,6 +13,7 @@ from transformers.image_utils import (
     PILImageResampling,
 )
 
+from vitreg_hf.model.configuration_vitreg import ViTRegConfig
 from vitreg_hf.model.image_processing_pil_vitreg import ViTRegImageProcessorPil
 
 # SAT-493M of DINOv3, satellite images
@@ -70,6 +71,25 @@ def from_transformers(saved: Mapping[str, Any], patch_size: int | Sequence[int])
     others = sorted(name for name, value in saved.items() if name not in known | _WITHOUT_EFFECT and value)
     notes = [f"the image processor's option {name}={saved[name]!r} is not known here and left out" for name in others]
     return {**options, **_divisor(patch_size)}, notes
+
+
+def of_family(model_type: str, config: ViTRegConfig) -> tuple[dict[str, Any], str]:
+    """Options that models of a family of Transformers are usually published with, and a sentence that says so.
+
+    DINOv2 is evaluated at 224 pixels whatever its table of positions is for; the others at the size of the config.
+    """
+    side = max(config.image_size) if isinstance(config.image_size, Sequence) else config.image_size
+    halves = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    of_clip = {"image_mean": list(OPENAI_CLIP_MEAN), "image_std": list(OPENAI_CLIP_STD)}
+    usual = {
+        "vit": squashed(side, config.patch_size, **halves),
+        "clip_vision_model": evaluation(side, side, config.patch_size, **of_clip),
+        "dinov3_vit": squashed(side, config.patch_size),
+    }
+    options = usual.get(model_type) or evaluation(256, 224, config.patch_size)
+    sizes = " ".join(str(number) for number in options["size"].values())
+    mean = ", ".join(f"{value:.3g}" for value in options["image_mean"])
+    return options, f"that of most models of this family is taken, resizing to {sizes} pixels, mean {mean}"
 
 
 def from_timm(settings: Mapping[str, Any], patch_size: int | Sequence[int]) -> tuple[dict[str, Any], list[str]]:
