@@ -65,3 +65,33 @@ def test_converting_took_no_more_memory_than_one_file_of_the_result():
     assert {("large", 1), ("giant", 1)} < {(row["size"], row["files"]) for row in rows}
     for row in rows:
         assert row["anonymous_gigabytes"] < 1.1 * row["largest_file_gigabytes"], row["size"]
+
+
+def test_inference_compares_features_and_counts_operations(tmp_path, capsys):
+    output = tmp_path / "inference.json"
+    small = ["--num_layers", "2", "--image_size", "28", "--batch_sizes", "1", "2", "--repetitions", "2"]
+    run("inference", *small, "--output", str(output))
+    run("inference", *small[:-3], "--repetitions", "1", "--batch_sizes", "1", "--output", str(output))
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["batch_size"], row["repetitions"]) for row in rows] == [(1, 1), (2, 2)]  # the former replaced its own
+    for row in rows:
+        assert set(row["speedup_over"]) == {"all tokens", "transformers", "timm"}
+        assert max(row["largest_difference"].values()) < 1e-4
+        counted = row["gflops_per_image"]
+        assert counted["vitreg_hf"] < 0.7 * counted["all tokens"]  # most of one of two blocks
+        assert counted["all tokens"] == counted["transformers"] == counted["timm"]
+    assert f"written: {output}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--image_size", "30"], "expected a multiple of the patch size 14 in --image_size, got 30"),
+        (["--batch_sizes", "0"], "expected positive numbers in --batch_sizes, got [0]"),
+        (["--threads", "0"], "expected a positive number in --threads, got 0"),
+    ],
+)
+def test_inference_refuses_wrong_numbers(wrong, message, capsys):
+    with pytest.raises(SystemExit):
+        run("inference", *wrong)
+    assert message in capsys.readouterr().err
