@@ -7,7 +7,7 @@ grow with the number of images but for norms, one number per patch and block.
 Shapes: B images, N tokens, P patches, F neurons of an MLP, L blocks, n images in all.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -260,12 +260,12 @@ def _tried(
 ) -> RegisterNeurons:
     """The ranking with the number of neurons that trying tells."""
     pixels, size = images
-    norms, original = _norms_and_pooled(model, pixels, size, found.state)
+    norms, original = norms_and_pooled(model, pixels.split(size), found.state)
     trials = [_trial(0, norms, original, original, found.threshold)]
     goal, beyond = VANISHED * trials[0].outlier_share, _BEYOND
     for count in tqdm([c for c in COUNTS if c <= len(found.ranking)], desc="Trials", disable=not progress):
         mended = add_test_time_registers(model, found.first(count))
-        norms, pooled = _norms_and_pooled(mended, pixels, size, found.state)
+        norms, pooled = norms_and_pooled(mended, pixels.split(size), found.state)
         trials.append(_trial(count, norms, pooled, original, found.threshold))
         beyond -= any(trial.outlier_share <= goal for trial in trials[:-1])
         if not beyond:
@@ -281,13 +281,11 @@ def _trial(count: int, norms: Tensor, pooled: Tensor, original: Tensor, threshol
 
 
 @torch.inference_mode()
-def _norms_and_pooled(
-    model: ViTRegPreTrainedModel, pixels: Tensor, batch_size: int, state: int
-) -> tuple[Tensor, Tensor]:
-    """Norms of patches in one state, `(n, P)`, and pooled features, `(n, D)`."""
+def norms_and_pooled(model: ViTRegPreTrainedModel, batches: Iterable[Tensor], state: int) -> tuple[Tensor, Tensor]:
+    """Norms of patches in one state, `(n, P)`, and pooled features, `(n, D)`, of batches `(B, C, H, W)`."""
     backbone: Any = model.base_model
     norms, pooled = [], []
-    for batch in pixels.split(batch_size):
+    for batch in batches:
         # of the class below, as `ViTRegBackbone` itself gives no pooled feature
         outputs = ViTRegModel.forward(backbone, batch.to(model.device), output_hidden_states=True, return_dict=True)
         norms.append(patch_norms(outputs.hidden_states[state], backbone.layout).cpu())

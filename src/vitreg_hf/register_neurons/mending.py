@@ -26,12 +26,12 @@ from vitreg_hf.analysis.images import ImageFiles, find_images, image_batches, la
 from vitreg_hf.analysis.measure import Pass
 from vitreg_hf.analysis.outliers import OutlierRule
 from vitreg_hf.analysis.report import write_json
-from vitreg_hf.analysis.token_norms import cutoff, patch_norms
+from vitreg_hf.analysis.token_norms import cutoff
 from vitreg_hf.conversion.convert import convert_checkpoint
 from vitreg_hf.model.configuration_vitreg import ViTRegConfig
 from vitreg_hf.register_neurons.adding import add_registers, add_test_time_registers
 from vitreg_hf.register_neurons.averages import bias_from_images, mean_patch
-from vitreg_hf.register_neurons.finding import find_register_neurons
+from vitreg_hf.register_neurons.finding import find_register_neurons, norms_and_pooled
 from vitreg_hf.register_neurons.ranking import RegisterNeurons
 from vitreg_hf.training.nearest_neighbours import knn_accuracy
 
@@ -265,16 +265,11 @@ def _changes(
     return rows
 
 
-@torch.inference_mode()
 def _looked(subject: Subject, files: ImageFiles, how: Pass, state: int) -> tuple[Tensor, Tensor]:
     """Norms of patches `(n, P)` in the state that outliers are judged by, and pooled features `(n, D)`."""
-    model: Any = subject.anatomy.backbone
-    norms, pooled = [], []
-    for batch in image_batches(files.files, subject.preprocess, how.batch_size, how.image_size):
-        outputs = model(batch.to(subject.device), output_hidden_states=True)
-        norms.append(patch_norms(outputs.hidden_states[state], subject.layout).cpu())
-        pooled.append(outputs.pooler_output.float().cpu())
-    return torch.cat(norms), torch.cat(pooled)
+    model: Any = subject.model
+    batches = image_batches(files.files, subject.preprocess, how.batch_size, how.image_size)
+    return norms_and_pooled(model, batches, state)
 
 
 def _knn(pooled: Tensor, files: ImageFiles) -> tuple[int, float]:
