@@ -13,5 +13,5 @@ def images(tmp_path_factory) -> Images:
 
 @pytest.fixture(scope="session")
 def large_images(tmp_path_factory) -> Images:
-    """Four images for ViT-S; the last has no blue."""
-    return write_images(tmp_path_factory.mktemp("large") / "images", planted_vit_s(), 4)
+    """Eight images for ViT-S; the last has no blue."""
+    return write_images(tmp_path_factory.mktemp("large") / "images", planted_vit_s(), 8)
