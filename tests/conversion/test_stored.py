@@ -252,6 +252,8 @@ def test_a_hub_that_stops_answering_is_no_mistake_of_the_user_s(monkeypatch, tmp
     found = SimpleNamespace(siblings=[SimpleNamespace(rfilename="model.safetensors")])
     monkeypatch.setattr(stored.HfApi, "model_info", lambda *_, **__: found)
     monkeypatch.setattr(stored, "snapshot_download", answering(LocalEntryNotFoundError("it does not answer")))
-    with pytest.raises(ConnectionError, match="Expected a/b on the Hub or in its cache, got neither"):
+    with pytest.raises(
+        ConnectionError, match="Expected a/b as a file or folder, or on the Hub or in its cache, got none"
+    ):
         convert_checkpoint("a/b")
     assert main(["convert", "a/b", str(tmp_path / "own")]) == 1

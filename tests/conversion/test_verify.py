@@ -183,6 +183,15 @@ def test_a_folder_without_images_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     with pytest.raises(ValueError, match="Expected a folder with images"):
         images_of(tmp_path)
+    with pytest.raises(ValueError, match="Expected a folder with images"):
+        images_of(tmp_path / "missing")
+
+
+def test_a_folder_per_class_has_images(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        sample_photos()[0].resize((8, 8)).save(tmp_path / name / "1.png")
+    assert [image.size for image in images_of(tmp_path)] == [(8, 8), (8, 8)]
 
 
 # The command

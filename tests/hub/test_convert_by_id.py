@@ -262,7 +262,9 @@ def test_what_is_not_in_the_cache_says_so(settings, revisions, convert, hub, tmp
     with nobody_answers(hub):
         [found] = convert(("alice/dinov2", str(tmp_path / "converted"), {}), **settings)
     assert "OSError" in found["error"]
-    assert found["message"].startswith("Expected alice/dinov2 on the Hub or in its cache, got neither: ")
+    assert found["message"].startswith(
+        "Expected alice/dinov2 as a file or folder, or on the Hub or in its cache, got none: "
+    )
     assert not found["left"]
 
 
@@ -332,7 +334,7 @@ def test_a_gated_repository_says_what_to_do(upload, convert, hub, tmp_path):
 def test_the_command_prints_one_line(client, revisions, tmp_path):
     code = "import sys; from vitreg_hf.cli import main; sys.exit(main(sys.argv[1:]))"
     ended = client.run(code, "convert", "alice/nothing-of-this-name", tmp_path / "converted")
-    assert ended.returncode == 2
+    assert ended.returncode == 1
     assert ended.stderr.count("\n") == 1
     assert ended.stderr.startswith("vitreg convert: Expected alice/nothing-of-this-name on the Hub, got: ")
     assert not (tmp_path / "converted").exists()

@@ -16,7 +16,7 @@ def add_converting(commands: Any) -> None:
     convert = add_command(commands, "convert", _convert, told, output=False)
     convert.add_argument("source", help="Hub id, folder, .safetensors file, or file of torch.save")
     convert.add_argument("out", type=Path, help="new folder")
-    convert.add_argument("--layout", help="layout of the source, where it is not recognised")
+    convert.add_argument("--layout", help="layout of the source, where it is not recognised (docs/checkpoints.md)")
     convert.add_argument("--revision", help="branch, tag or commit of a repository")
     convert.add_argument("--head", type=Path, help="file of the linear classifier of a DINOv2 or DINOv3 backbone")
     convert.add_argument("--architecture", help="model of timm, where the source does not name it")
@@ -34,7 +34,9 @@ def add_converting(commands: Any) -> None:
         metavar="IMAGES",
         help="before saving, compare with the source's own implementation on images of a folder (default: two photos)",
     )
-    convert.add_argument("--to", metavar="LAYOUT", help="the other way: write a ViTReg checkpoint in this layout")
+    convert.add_argument(
+        "--to", metavar="LAYOUT", help="the other way: write a ViTReg checkpoint in this layout (docs/checkpoints.md)"
+    )
     add_overwrite(convert, "replace OUT as a whole, if it holds a checkpoint and nothing else")
 
 

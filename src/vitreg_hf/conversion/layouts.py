@@ -37,7 +37,7 @@ def recognised(source: Source) -> tuple[Layout, str]:
         if why := layout.recognise(source):
             return layout, why
     looks = f"model_type {model_type!r}" if model_type else f"tensors such as {', '.join(list(source.tensors)[:3])}"
-    raise ValueError(
-        f"Expected a layout of {', '.join(LAYOUTS)}, got {source.name} with {looks}: name the layout if it is one of "
-        "them (files of Transformers need their config.json beside them)"
-    )
+    hint = ", which does not convert"
+    if not model_type:
+        hint = ": name the layout if it is one of them (files of Transformers need their config.json beside them)"
+    raise ValueError(f"Expected a layout of {', '.join(LAYOUTS)}, got {source.name} with {looks}{hint}")

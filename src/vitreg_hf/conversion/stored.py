@@ -283,7 +283,9 @@ def _fetched(repository: str, revision: str | None) -> Path:
         try:
             return fetch(list(CONFIGS), local_files_only=True)
         except OSError:
-            raise ConnectionError(f"Expected {repository} on the Hub or in its cache, got neither: {error}") from error
+            raise ConnectionError(
+                f"Expected {repository} as a file or folder, or on the Hub or in its cache, got none: {error}"
+            ) from error
 
 
 def _weights_among(files: list[str], repository: str) -> str:

@@ -123,9 +123,9 @@ def sample_photos() -> list[PIL.Image.Image]:
 
 
 def images_of(folder: Path) -> list[PIL.Image.Image]:
-    """The first images of a folder; raises ValueError if there is none."""
+    """The first images of a folder or of the folders in it; raises ValueError if there is none."""
     known = PIL.Image.registered_extensions()
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in known) if folder.is_dir() else []
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in known)
     if not files:
         raise ValueError(f"Expected a folder with images, got {folder}")
     return [PIL.Image.open(file).convert("RGB") for file in files[:_MOST_IMAGES]]

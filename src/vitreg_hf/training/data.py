@@ -233,7 +233,7 @@ def _stratified_split(rows: datasets.Dataset, fraction: float) -> tuple[datasets
     if fewest < 2 or len(rows) < needed:
         raise ValueError(
             f"Expected at least 2 images of every class and {needed} in all to hold out {fraction:.0%} of them, "
-            f"got {fewest} and {len(rows)}: pass a validation set"
+            f"got {fewest} and {len(rows)}: pass a validation set (--validation_dir in the examples)"
         )
     parts = rows.train_test_split(test_size=fraction, seed=SPLIT_SEED, stratify_by_column="label")
     return parts["train"], parts["test"]
