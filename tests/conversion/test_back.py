@@ -1,7 +1,6 @@
 """Back to the source's own layout: it loads in the source's own class and says what the source said, bit by bit."""
 
 import json
-import logging
 import re
 
 import pytest
@@ -15,8 +14,6 @@ from torch import nn
 from vitreg_hf import ViTRegConfig, ViTRegForImageClassification, ViTRegForSemanticSegmentation, ViTRegModel
 from vitreg_hf.conversion.back import export_checkpoint
 from vitreg_hf.conversion.convert import convert_checkpoint
-
-logging.getLogger("transformers").setLevel(logging.ERROR)
 
 TOLERANCE = 1e-5  # outputs are bit-equal as a rule
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 56, "patch_size": 14}

@@ -1,15 +1,12 @@
 """Models of Transformers: every output, gradient, label and pixel is that of the source."""
 
 import json
-import logging
 
 import pytest
 import torch
 import transformers as hf
 
 from vitreg_hf.conversion.convert import convert_checkpoint
-
-logging.getLogger("transformers").setLevel(logging.ERROR)
 
 SMALL = {
     "hidden_size": 32,

@@ -120,7 +120,8 @@ class ViTRegEmbeddings(nn.Module):
         """CLS, registers and patches, plus the positions that the table has for them."""
         if self.position_embeddings is None:
             return self.cls_token, self.register_tokens, patches
-        positions, table_grid = split_positions(self.position_embeddings, self.config), self.interpolation.table_grid
+        table_grid = self.interpolation.table_grid  # other than that of a config that was changed since
+        positions = split_positions(self.position_embeddings, self.config, table_grid)
         # Traced sizes may be symbols, and comparing them would bake this size in.
         if true_grids is None and not is_tracing() and grid == table_grid:
             resized = positions.patches.flatten(0, 1)[None]

@@ -102,19 +102,23 @@ class Positions(NamedTuple):
     patches: Tensor  # (rows, columns, D)
 
 
-def split_positions(position_embeddings: Tensor, config: ViTRegConfig) -> Positions:
+def split_positions(
+    position_embeddings: Tensor, config: ViTRegConfig, table_grid: tuple[int, int] | None = None
+) -> Positions:
     """Views of the position of CLS and those of registers, each None if it has none, and of the table of patches.
 
     Args:
         position_embeddings: `(1, positions, D)`: CLS, registers, then patches in row-major order.
         config: says which of them have a position, and the grid of the table.
+        table_grid: of the table, where the config may have changed since it was made.
     """
-    sizes = [config.num_cls_positions, config.num_register_positions, math.prod(config.position_grid)]
+    grid = table_grid or config.position_grid
+    sizes = [config.num_cls_positions, config.num_register_positions, math.prod(grid)]
     cls_position, registers, patches = position_embeddings.split(sizes, dim=1)
     return Positions(
         cls_position if config.num_cls_positions else None,
         registers if config.num_register_positions else None,
-        patches[0].unflatten(0, config.position_grid),
+        patches[0].unflatten(0, grid),
     )
 
 
