@@ -319,7 +319,7 @@ def _draw(
     )
     if neurons is not None and neurons.trials:
         trials: Sequence[dict[str, Any]] = [asdict(trial) for trial in neurons.trials]
-        title = f"{before.name}: what moving register neurons does, {neurons.images} images"
+        title = f"{before.name}: what moving register neurons does to images with outliers"
         trials_figure(trials, neurons.count, folder / "neurons.png", title=title)
 
 
