@@ -3,10 +3,19 @@
 import json
 import pathlib
 import runpy
+import sys
 
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def neighbours_of_a_script(monkeypatch):
+    """Python looks for what a script imports in its folder, when it runs the script itself."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield
+    sys.modules.pop("side_by_side", None)
 
 
 def run(name, *arguments):
@@ -68,10 +77,10 @@ def test_converting_took_no_more_memory_than_one_file_of_the_result():
 
 
 def test_inference_compares_features_and_counts_operations(tmp_path, capsys):
-    output = tmp_path / "inference.json"
+    output = tmp_path / "pooled_features.json"
     small = ["--num_layers", "2", "--image_size", "28", "--batch_sizes", "1", "2", "--repetitions", "2"]
-    run("inference", *small, "--output", str(output))
-    run("inference", *small[:-3], "--repetitions", "1", "--batch_sizes", "1", "--output", str(output))
+    run("pooled_features", *small, "--output", str(output))
+    run("pooled_features", *small[:-3], "--repetitions", "1", "--batch_sizes", "1", "--output", str(output))
     rows = json.loads(output.read_text())["rows"]
     assert [(row["batch_size"], row["repetitions"]) for row in rows] == [(1, 1), (2, 2)]  # the former replaced its own
     for row in rows:
@@ -93,5 +102,5 @@ def test_inference_compares_features_and_counts_operations(tmp_path, capsys):
 )
 def test_inference_refuses_wrong_numbers(wrong, message, capsys):
     with pytest.raises(SystemExit):
-        run("inference", *wrong)
+        run("pooled_features", *wrong)
     assert message in capsys.readouterr().err

@@ -1,9 +1,9 @@
 # Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
 """How long one pooled feature takes, against the implementations that people use, with the same weights.
 
-    python benchmarks/inference.py
-    python benchmarks/inference.py --size base --compile
-    python benchmarks/inference.py --device cuda --dtype bfloat16 --compile
+    python benchmarks/pooled_features.py
+    python benchmarks/pooled_features.py --size base --compile
+    python benchmarks/pooled_features.py --device cuda --dtype bfloat16 --compile
 
 DINOv2 with four registers, patch 14, from random weights that are made in timm and converted, here and then to
 Transformers; features are compared before anything is timed. Models take turns in an order that changes by the turn,
@@ -11,7 +11,7 @@ so that whatever else the machine does meets all of them; what is reported is th
 within a turn, its median and quartiles: above 1 we are ahead. `all tokens` is this package without
 `output_tokens=False`. On one thread of a CPU the time is that of the thread, without waiting for the processor.
 Operations are counted, not estimated; of the machine its own rates of matrix products and of copies are measured.
-About eight minutes for ViT-S on a core; writes `benchmarks/results/inference.json`, in which rows of other settings
+About eight minutes for ViT-S on a core; writes `benchmarks/results/pooled_features.json`, in which rows of other settings
 stay.
 """
 
@@ -37,7 +37,7 @@ from vitreg_hf.training.results import processor_name, versions, write_results
 
 ARCHITECTURE = "vit_{}_patch14_reg4_dinov2"
 OURS = "vitreg_hf"
-OUTPUT = Path(__file__).parent / "results" / "inference.json"
+OUTPUT = Path(__file__).parent / "results" / "pooled_features.json"
 Feature = Callable[[Tensor], Tensor]  # (B, C, H, W) to (B, D)
 
 
