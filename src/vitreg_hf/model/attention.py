@@ -13,9 +13,14 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_vitreg import ViTRegConfig
+from .pooled_attention import is_plain, logits_of, taken_by
 from .position_embedding import Rotation, rotated
 from .recording import RecordedModule
 from .token_layout import TokenLayout, packed, unpacked
+
+# Backends that compute softmax attention, which a few queries may then have in another way; a name that a user
+# registered may mean anything.
+_ATTENTION_OF_TRANSFORMERS = {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"}
 
 
 def attention_probabilities(query: Tensor, key: Tensor, scaling: float, token_mask: Tensor | None = None) -> Tensor:
@@ -30,10 +35,14 @@ def attention_probabilities(query: Tensor, key: Tensor, scaling: float, token_ma
     Returns:
         `(B, h, Q, N)` in the dtype of `query`; softmax runs in float32.
     """
-    logits = torch.matmul(query, key.transpose(2, 3)) * scaling
+    return _softmax(torch.matmul(query, key.transpose(2, 3)) * scaling, token_mask)
+
+
+def _softmax(logits: Tensor, token_mask: Tensor | None) -> Tensor:
+    """Probabilities of logits `(B, h, Q, N)`, in float32 until the end, none for tokens that `(B, N)` leaves out."""
     if token_mask is not None:
         logits = logits.masked_fill(~token_mask[:, None, None, :], torch.finfo(logits.dtype).min)
-    return F.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
+    return F.softmax(logits, dim=-1, dtype=torch.float32).to(logits.dtype)
 
 
 def eager_attention_forward(
@@ -63,10 +72,15 @@ def _placed(
     Queries may be those of the first tokens alone.
     """
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    return *_turned(query, key, rotation), value
+
+
+def _turned(query: Tensor, key: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+    """Queries of the first tokens or of all, and keys, `(B, h, N, d)`, at the angles of their tokens."""
     if rotation is None:
-        return query, key, value
+        return query, key
     of_queries = Rotation(*(TokenLayout.first_by_head(part, query.shape[2]) for part in rotation))
-    return rotated(query, of_queries), rotated(key, rotation), value
+    return rotated(query, of_queries), rotated(key, rotation)
 
 
 def _with_one_more(tokens: Tensor, bias: Tensor) -> Tensor:
@@ -111,9 +125,9 @@ class ViTRegAttention(RecordedModule):
         biased, shape = config.attention_bias_kv, (config.num_attention_heads, self.head_dim)
         self.bias_k = nn.Parameter(torch.zeros(shape)) if biased else None  # type: ignore[arg-type]
         self.bias_v = nn.Parameter(torch.zeros(shape)) if biased else None  # type: ignore[arg-type]
-        normed, eps = config.qk_norm, config.layer_norm_eps
-        self.q_norm = nn.LayerNorm(self.head_dim, eps=eps) if normed else nn.Identity()
-        self.k_norm = nn.LayerNorm(self.head_dim, eps=eps) if normed else nn.Identity()
+        self.qk_norm, eps = config.qk_norm, config.layer_norm_eps
+        self.q_norm = nn.LayerNorm(self.head_dim, eps=eps) if self.qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=eps) if self.qk_norm else nn.Identity()
 
     def forward(
         self,
@@ -145,6 +159,9 @@ class ViTRegAttention(RecordedModule):
             those of the prefix `(B, h, prefix, N)` or None.
         """
         queries = self.layout.first(hidden_states, num_queries)
+        if num_queries is not None and self._can_take_by_weights():
+            taken = self._taken_by_first(queries, hidden_states, token_mask, *rotations)
+            return self.o_proj(taken), None, None
         projected = self._projected(queries, hidden_states)
         if len(group_sizes) > 1:
             by_group = zip(*(unpacked(part, group_sizes) for part in projected), strict=True)
@@ -166,6 +183,30 @@ class ViTRegAttention(RecordedModule):
             prefix = self._probabilities(self.layout.prefix_queries(query), key, token_mask)
         return output, probabilities, prefix
 
+    def _can_take_by_weights(self) -> bool:
+        """Whether few queries can do without keys and values of all tokens: with the weights of the projections at
+        hand, and with nothing between them and the softmax that somebody else has put there."""
+        projections = (self.v_proj,) if self.qk_norm else (self.v_proj, self.k_proj)
+        dropout = self.training and self.attention_dropout > 0
+        known = self.config._attn_implementation in _ATTENTION_OF_TRANSFORMERS
+        return known and self.bias_k is None and not dropout and is_plain(*projections)
+
+    def _taken_by_first(
+        self, queries: Tensor, tokens: Tensor, token_mask: Tensor | None, rotation: Rotation | None = None
+    ) -> Tensor:
+        """What the first tokens `(B, Q, D)` take from all `(B, N, D)`, `(B, Q, h * d)`, before the last projection.
+
+        Values of all tokens are not made, nor are keys unless each is normed or turned by itself.
+        """
+        query = self.q_norm(self._by_head(self.q_proj(queries))).transpose(1, 2)
+        if rotation is None and not self.qk_norm:
+            logits = logits_of(query, tokens, self.k_proj)
+        else:
+            key = self.k_norm(self._by_head(self.k_proj(tokens))).transpose(1, 2)
+            query, key = _turned(query, key, rotation)
+            logits = query @ key.transpose(2, 3)
+        return taken_by(_softmax(logits * self.scaling, token_mask), tokens, self.v_proj)
+
     def _probabilities(self, query: Tensor, key: Tensor, token_mask: Tensor | None) -> Tensor:
         """Attention of some queries `(B, h, Q, d)` onto all tokens, `(B, h, Q, N)`."""
         if self.bias_k is not None:
@@ -180,10 +221,13 @@ class ViTRegAttention(RecordedModule):
     def _projected(self, queries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `(..., h, d)` of tokens `(..., D)`, the first two normed if the config says so."""
         projections = (self.q_proj, queries), (self.k_proj, tokens), (self.v_proj, tokens)
-        # -1: a tensor-parallel rank holds some of the heads
-        query, key, value = (projection(own).unflatten(-1, (-1, self.head_dim)) for projection, own in projections)
+        query, key, value = (self._by_head(projection(own)) for projection, own in projections)
         # Under autocast a norm gives float32, and some backends take one type alone.
         return self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype), value
+
+    def _by_head(self, projected: Tensor) -> Tensor:
+        """View `(..., h, d)` of `(..., h * d)`; of some of the heads in a rank of tensor parallelism."""
+        return projected.unflatten(-1, (-1, self.head_dim))
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any

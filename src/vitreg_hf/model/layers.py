@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import ViTRegAttention
 from .configuration_vitreg import ViTRegConfig
+from .inference import may_overwrite
 from .moved_neurons import MovedNeurons, neurons_of
 from .position_embedding import Rotation
 from .recording import RecordedModule
@@ -25,6 +26,9 @@ GroupSizes = list[tuple[int, int]]  # images and tokens of each
 Branch = Callable[[Tensor, GroupSizes, list[Tensor | None]], Tensor]
 
 # MLP
+
+# Activations that PyTorch computes in place, by their approximation.
+_GELU = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
 
 
 class ViTRegFeedForward(nn.Module):
@@ -57,10 +61,14 @@ class ViTRegMLP(ViTRegFeedForward):
         inner = cast(int, config.intermediate_size)
         self.up_proj = nn.Linear(config.hidden_size, inner, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
+        self.gelu = _GELU.get(config.hidden_act)
         self.down_proj = nn.Linear(inner, config.hidden_size, bias=config.mlp_bias)
 
     def neurons(self, hidden_states: Tensor) -> Tensor:
-        return self.act_fn(self.up_proj(hidden_states))
+        projected = self.up_proj(hidden_states)
+        if self.gelu is not None and may_overwrite(projected, self.up_proj, self.act_fn):
+            return torch.ops.aten.gelu_(projected, approximate=self.gelu)
+        return self.act_fn(projected)
 
 
 class ViTRegSwiGLU(ViTRegFeedForward):
@@ -74,7 +82,10 @@ class ViTRegSwiGLU(ViTRegFeedForward):
         self.down_proj = nn.Linear(inner, config.hidden_size, bias=config.mlp_bias)
 
     def neurons(self, hidden_states: Tensor) -> Tensor:
-        return F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        gate, projected = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        if may_overwrite(gate, self.gate_proj):
+            return F.silu(gate, inplace=True).mul_(projected)
+        return F.silu(gate) * projected
 
 
 # Layer
