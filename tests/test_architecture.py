@@ -38,15 +38,19 @@ MODEL_IMPORTS = {
     "position_embedding": {"configuration_vitreg"},
     "moved_neurons": {"configuration_vitreg", "token_layout"},
     "embeddings": {"configuration_vitreg", "inference", "token_layout", "position_embedding", "moved_neurons"},
-    "pooled_attention": {"inference"},
-    "attention": {"configuration_vitreg", "pooled_attention", "position_embedding", "recording", "token_layout"},
+    "pooled_attention": set(),
+    "fusing": {"inference"},
+    "attention": {
+        *("configuration_vitreg", "fusing", "inference", "pooled_attention", "position_embedding", "recording"),
+        "token_layout",
+    },
     "layers": {
         *("attention", "configuration_vitreg", "position_embedding", "recording", "moved_neurons"),
         *("inference", "token_layout"),
     },
     "modeling_vitreg": {
-        *("attention", "checkpoint_checks", "configuration_vitreg", "embeddings", "layers", "outputs", "recording"),
-        *("position_embedding", "token_layout"),
+        *("attention", "checkpoint_checks", "configuration_vitreg", "embeddings", "fusing", "layers", "outputs"),
+        *("position_embedding", "recording", "token_layout"),
     },
     "image_processing_pil_vitreg": {"image_inputs", "processor_checks"},
     "image_processing_vitreg": {"image_inputs", "image_processing_pil_vitreg", "processor_checks"},

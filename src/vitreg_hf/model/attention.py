@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_vitreg import ViTRegConfig
-from .pooled_attention import is_plain, logits_of, taken_by
+from .fusing import PARTS, FusedProjections, join_state, split_state
+from .inference import is_plain
+from .pooled_attention import logits_of, taken_by
 from .position_embedding import Rotation, rotated
 from .recording import RecordedModule
 from .token_layout import TokenLayout, packed, unpacked
@@ -39,10 +41,10 @@ def attention_probabilities(query: Tensor, key: Tensor, scaling: float, token_ma
 
 
 def _softmax(logits: Tensor, token_mask: Tensor | None) -> Tensor:
-    """Probabilities of logits `(B, h, Q, N)`, in float32 until the end, none for tokens that `(B, N)` leaves out."""
+    """Probabilities of logits `(B, h, Q, N)`, in float32 or better until the end; 0 for what `(B, N)` leaves out."""
     if token_mask is not None:
         logits = logits.masked_fill(~token_mask[:, None, None, :], torch.finfo(logits.dtype).min)
-    return F.softmax(logits, dim=-1, dtype=torch.float32).to(logits.dtype)
+    return F.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(logits.dtype)
 
 
 def eager_attention_forward(
@@ -121,6 +123,9 @@ class ViTRegAttention(RecordedModule):
         self.q_proj = nn.Linear(width, inner, bias=has_bias(config.query_bias))
         self.k_proj = nn.Linear(width, inner, bias=has_bias(config.key_bias))
         self.v_proj = nn.Linear(width, inner, bias=has_bias(config.value_bias))
+        self.qkv_proj: FusedProjections | None = None  # in the place of these three, if that is asked for
+        self.register_state_dict_post_hook(split_state)
+        self.register_load_state_dict_pre_hook(join_state)
         self.o_proj = nn.Linear(inner, width, bias=config.proj_bias)
         biased, shape = config.attention_bias_kv, (config.num_attention_heads, self.head_dim)
         self.bias_k = nn.Parameter(torch.zeros(shape)) if biased else None  # type: ignore[arg-type]
@@ -186,10 +191,10 @@ class ViTRegAttention(RecordedModule):
     def _can_take_by_weights(self) -> bool:
         """Whether few queries can do without keys and values of all tokens: with the weights of the projections at
         hand, and with nothing between them and the softmax that somebody else has put there."""
-        projections = (self.v_proj,) if self.qk_norm else (self.v_proj, self.k_proj)
         dropout = self.training and self.attention_dropout > 0
         known = self.config._attn_implementation in _ATTENTION_OF_TRANSFORMERS
-        return known and self.bias_k is None and not dropout and is_plain(*projections)
+        plain = self.qkv_proj is not None or is_plain(self.k_proj, self.v_proj)
+        return plain and known and self.bias_k is None and not dropout
 
     def _taken_by_first(
         self, queries: Tensor, tokens: Tensor, token_mask: Tensor | None, rotation: Rotation | None = None
@@ -198,14 +203,27 @@ class ViTRegAttention(RecordedModule):
 
         Values of all tokens are not made, nor are keys unless each is normed or turned by itself.
         """
-        query = self.q_norm(self._by_head(self.q_proj(queries))).transpose(1, 2)
+        query = self.q_norm(self._by_head(self._part(0, queries))).transpose(1, 2)
         if rotation is None and not self.qk_norm:
-            logits = logits_of(query, tokens, self.k_proj)
+            logits = logits_of(query, tokens, *self._weights(1))
         else:
-            key = self.k_norm(self._by_head(self.k_proj(tokens))).transpose(1, 2)
+            key = self.k_norm(self._by_head(self._part(1, tokens))).transpose(1, 2)
             query, key = _turned(query, key, rotation)
             logits = query @ key.transpose(2, 3)
-        return taken_by(_softmax(logits * self.scaling, token_mask), tokens, self.v_proj)
+        return taken_by(_softmax(logits * self.scaling, token_mask), tokens, *self._weights(2))
+
+    def _weights(self, part: int) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the projection to queries (0), keys (1) or values (2)."""
+        if self.qkv_proj is not None:
+            return self.qkv_proj.part(part)
+        projection = getattr(self, PARTS[part])
+        return projection.weight, projection.bias
+
+    def _part(self, part: int, tokens: Tensor) -> Tensor:
+        """Queries (0), keys (1) or values (2) alone, `(..., h * d)`."""
+        if self.qkv_proj is not None:
+            return F.linear(tokens, *self.qkv_proj.part(part))
+        return getattr(self, PARTS[part])(tokens)
 
     def _probabilities(self, query: Tensor, key: Tensor, token_mask: Tensor | None) -> Tensor:
         """Attention of some queries `(B, h, Q, d)` onto all tokens, `(B, h, Q, N)`."""
@@ -220,8 +238,11 @@ class ViTRegAttention(RecordedModule):
 
     def _projected(self, queries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `(..., h, d)` of tokens `(..., D)`, the first two normed if the config says so."""
-        projections = (self.q_proj, queries), (self.k_proj, tokens), (self.v_proj, tokens)
-        query, key, value = (self._by_head(projection(own)) for projection, own in projections)
+        if self.qkv_proj is not None and queries is tokens:
+            parts: Sequence[Tensor] = self.qkv_proj(tokens).chunk(3, dim=-1)
+        else:
+            parts = [self._part(part, own) for part, own in enumerate((queries, tokens, tokens))]
+        query, key, value = map(self._by_head, parts)
         # Under autocast a norm gives float32, and some backends take one type alone.
         return self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype), value
 

@@ -18,6 +18,12 @@ def is_watched(*modules: nn.Module) -> bool:
     )
 
 
+def is_plain(*projections: nn.Module) -> bool:
+    """Whether projections are no more than their weights: not watched, quantised, sharded or adapted."""
+    exact = all(type(one) is nn.Linear and type(one.weight) is nn.Parameter for one in projections)
+    return exact and not is_watched(*projections)
+
+
 def may_overwrite(values: Tensor, *modules: nn.Module) -> bool:
     """Whether values that these modules have just made may be written over, which on CPUs saves more than the pass:
     memory of this size is asked of the system anew each time, which fills it with zeros first."""

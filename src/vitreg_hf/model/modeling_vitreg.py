@@ -32,6 +32,7 @@ from .attention import ViTRegAttention
 from .checkpoint_checks import check_checkpoint
 from .configuration_vitreg import ViTRegConfig
 from .embeddings import Embedded, ViTRegEmbeddings
+from .fusing import FusingMixin
 from .layers import ViTRegLayer, ViTRegLayerScale
 from .outputs import (
     ViTRegBackboneOutput,
@@ -65,7 +66,7 @@ class ViTRegKwargs(TransformersKwargs, total=False):
 _HEAD_KEYS = {name: rf"^{name}\." for name in ("classifier", "decoder", "decode_head", "batch_norm")}
 
 
-class ViTRegPreTrainedModel(PreTrainedModel):
+class ViTRegPreTrainedModel(FusingMixin, PreTrainedModel):
     """What all models of the family share: initial weights, and what Transformers needs to know about them."""
 
     config: ViTRegConfig

@@ -8,32 +8,28 @@ through `W_v`, gives the same as projecting every token: exact, and of the cost 
 Shapes: B images, Q queries, N tokens, D channels of the residual stream, h heads of d channels.
 """
 
-from torch import Tensor, nn
-
-from .inference import is_watched
+from torch import Tensor
 
 
-def is_plain(*projections: nn.Module) -> bool:
-    """Whether projections are no more than their weights: not watched, quantised, sharded or adapted."""
-    exact = all(type(one) is nn.Linear and type(one.weight) is nn.Parameter for one in projections)
-    return exact and not is_watched(*projections)
+def logits_of(query: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What queries `(B, h, Q, d)` and the keys of tokens `(B, N, D)` have in common, `(B, h, Q, N)`, not scaled.
 
-
-def logits_of(query: Tensor, tokens: Tensor, key_projection: nn.Linear) -> Tensor:
-    """What queries `(B, h, Q, d)` and the keys of tokens `(B, N, D)` have in common, `(B, h, Q, N)`, not scaled."""
+    `weight` `(h * d, D)` and `bias` `(h * d,)` are those of the projection to keys.
+    """
     heads, head_dim = query.shape[1], query.shape[-1]
-    by_head = key_projection.weight.view(heads, head_dim, -1)  # (h, d, D)
+    by_head = weight.view(heads, head_dim, -1)
     through = query @ by_head  # (B, h, Q, D)
     logits = (through.flatten(1, 2) @ tokens.transpose(1, 2)).unflatten(1, (heads, -1))
-    if key_projection.bias is None:
-        return logits
-    return logits + query @ key_projection.bias.view(heads, head_dim, 1)
+    return logits if bias is None else logits + query @ bias.view(heads, head_dim, 1)
 
 
-def taken_by(probabilities: Tensor, tokens: Tensor, value_projection: nn.Linear) -> Tensor:
-    """The attention output `(B, Q, h * d)` of probabilities `(B, h, Q, N)` over tokens `(B, N, D)`."""
+def taken_by(probabilities: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The attention output `(B, Q, h * d)` of probabilities `(B, h, Q, N)` over tokens `(B, N, D)`.
+
+    `weight` `(h * d, D)` and `bias` `(h * d,)` are those of the projection to values.
+    """
     heads = probabilities.shape[1]
     mixed = (probabilities.flatten(1, 2) @ tokens).unflatten(1, (heads, -1))  # (B, h, Q, D)
-    by_head = value_projection.weight.view(heads, -1, tokens.shape[-1])  # (h, d, D)
+    by_head = weight.view(heads, -1, tokens.shape[-1])  # (h, d, D)
     taken = (mixed @ by_head.transpose(1, 2)).transpose(1, 2).flatten(2)
-    return taken if value_projection.bias is None else taken + value_projection.bias
+    return taken if bias is None else taken + bias
