@@ -8,6 +8,7 @@ through `W_v`, gives the same as projecting every token: exact, and of the cost 
 Shapes: B images, Q queries, N tokens, D channels of the residual stream, h heads of d channels.
 """
 
+import torch
 from torch import Tensor
 
 
@@ -18,9 +19,9 @@ def logits_of(query: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None
     """
     heads, head_dim = query.shape[1], query.shape[-1]
     by_head = weight.view(heads, head_dim, -1)
-    through = query @ by_head  # (B, h, Q, D)
+    through = torch.einsum("bhqe,hed->bhqd", query, by_head)  # not by @, which copies the weights for every image
     logits = (through.flatten(1, 2) @ tokens.transpose(1, 2)).unflatten(1, (heads, -1))
-    return logits if bias is None else logits + query @ bias.view(heads, head_dim, 1)
+    return logits if bias is None else logits + (query * bias.view(heads, 1, head_dim)).sum(dim=-1, keepdim=True)
 
 
 def taken_by(probabilities: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -31,5 +32,5 @@ def taken_by(probabilities: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor
     heads = probabilities.shape[1]
     mixed = (probabilities.flatten(1, 2) @ tokens).unflatten(1, (heads, -1))  # (B, h, Q, D)
     by_head = weight.view(heads, -1, tokens.shape[-1])  # (h, d, D)
-    taken = (mixed @ by_head.transpose(1, 2)).transpose(1, 2).flatten(2)
+    taken = torch.einsum("bhqd,hed->bqhe", mixed, by_head).flatten(2)
     return taken if bias is None else taken + bias
