@@ -32,7 +32,8 @@ MODEL_IMPORTS = {
     "recording": set(),
     "processor_checks": set(),
     "fingerprint": set(),
-    "image_inputs": {"processor_checks"},
+    "patch_budget": set(),
+    "image_inputs": {"patch_budget", "processor_checks"},
     "token_layout": {"configuration_vitreg"},
     "position_embedding": {"configuration_vitreg"},
     "moved_neurons": {"configuration_vitreg", "token_layout"},
@@ -45,7 +46,7 @@ MODEL_IMPORTS = {
         *("attention", "checkpoint_checks", "configuration_vitreg", "embeddings", "layers", "outputs", "recording"),
         *("packed_model", "position_embedding", "token_layout"),
     },
-    "image_processing_pil_vitreg": {"image_inputs", "processor_checks"},
+    "image_processing_pil_vitreg": {"image_inputs", "patch_budget", "processor_checks"},
     "image_processing_vitreg": {"image_inputs", "image_processing_pil_vitreg", "processor_checks"},
 }
 
