@@ -15,10 +15,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration_vitreg import ViTRegConfig
 from .fusing import PARTS, FusedProjections, join_state, split_state
 from .inference import is_plain
+from .packing import Packing
 from .pooled_attention import logits_of, taken_by
 from .position_embedding import Rotation, rotated
 from .recording import RecordedModule
-from .token_layout import TokenLayout, packed, unpacked
+from .token_layout import TokenLayout, packed
 
 # Backends that compute softmax attention, which a few queries may then have in another way; a name that a user
 # registered may mean anything.
@@ -141,39 +142,36 @@ class ViTRegAttention(RecordedModule):
         token_mask: Tensor | None = None,
         output_attentions: bool = False,
         output_prefix_attentions: bool = False,
-        group_sizes: Sequence[tuple[int, int]] = (),
         rotations: Sequence[Rotation] = (),
         num_queries: int | None = None,
+        packing: Packing | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Attend.
 
         Args:
-            hidden_states: `(B, N, D)`, or `(sum of B_i * N_i, D)` for groups of images, which attend apart.
+            hidden_states: `(B, N, D)`, or `(T, D)` with `packing`.
             attention_mask: padding in the form of the backend, or None.
             token_mask: the same padding as `(B, N)`, for the probabilities.
             output_attentions: return the probabilities of all tokens.
             output_prefix_attentions: return those of CLS and registers.
-            group_sizes: `(B_i, N_i)` of each group; with several, there are neither masks nor probabilities.
-            rotations: of all tokens, one per group; none without rotary positions.
-            num_queries: how many tokens attend, which are the first; None for all. Only for one group, with a mask
+            rotations: of all tokens, one; none without rotary positions.
+            num_queries: how many tokens of each image attend, which are the first; None for all. Only with a mask
                 that is a tensor, and without probabilities.
+            packing: which tokens are of which image. Each attends to those of its own image; there are neither masks
+                nor probabilities, and rotations are those of the packing.
 
         Returns:
-            Output of the shape of `hidden_states`, or `(B, num_queries, D)`; probabilities `(B, h, N, N)` or None,
-            those of the prefix `(B, h, prefix, N)` or None.
+            Output of the shape of `hidden_states`, or of the first `num_queries` tokens; probabilities `(B, h, N, N)`
+            or None, those of the prefix `(B, h, prefix, N)` or None.
         """
+        if packing is not None:
+            return self._packed(hidden_states, packing, num_queries, **kwargs), None, None
         queries = self.layout.first(hidden_states, num_queries)
         if num_queries is not None and self._can_take_by_weights():
             taken = self._taken_by_first(queries, hidden_states, token_mask, *rotations)
             return self.o_proj(taken), None, None
         projected = self._projected(queries, hidden_states)
-        if len(group_sizes) > 1:
-            by_group = zip(*(unpacked(part, group_sizes) for part in projected), strict=True)
-            parts = [_placed(*group, *rotations[i : i + 1]) for i, group in enumerate(by_group)]
-            outputs = [self._attend(query, key, value, None, **kwargs)[0] for query, key, value in parts]
-            return self.o_proj(packed([output.flatten(2) for output in outputs])), None, None
-
         query, key, value = _placed(*projected, *rotations)
         if num_queries is not None and attention_mask is not None:
             attention_mask = self.layout.first_by_head(attention_mask, num_queries)
@@ -187,6 +185,28 @@ class ViTRegAttention(RecordedModule):
         if output_prefix_attentions:
             prefix = self._probabilities(self.layout.prefix_queries(query), key, token_mask)
         return output, probabilities, prefix
+
+    def _packed(self, hidden_states: Tensor, packing: Packing, num_queries: int | None, **kwargs: Any) -> Tensor:
+        """Attention within each image of a sequence `(T, D)`: in one call if the backend can, else once per size."""
+        queries, of_queries = packing.first_rows(hidden_states, num_queries), packing.first(num_queries)
+        if num_queries is not None and packing.rotation is None and self._can_take_by_weights():
+            by_size = zip(of_queries.by_group(queries), packing.by_group(hidden_states), strict=True)
+            return self.o_proj(packed([self._taken_by_first(few, tokens, None) for few, tokens in by_size]))
+        query, key, value = self._projected(queries, hidden_states)
+        if packing.rotation is not None:
+            turned = Rotation(*(packing.first_rows(part, num_queries) for part in packing.rotation))
+            query, key = rotated(query, turned), rotated(key, packing.rotation)
+        one_call = None
+        if self.bias_k is None:  # its key would have to stand behind every image
+            one_call = packing.kernel_arguments(self.config._attn_implementation, of_queries)
+        if one_call is not None:
+            mask, arguments = one_call
+            query, key, value = _placed(query[None], key[None], value[None])
+            attended, _ = self._attend(query, key, value, mask, **arguments, **kwargs)
+            return self.o_proj(attended.flatten(0, 1).flatten(1))
+        parts = zip(of_queries.by_group(query), packing.by_group(key), packing.by_group(value), strict=True)
+        outputs = [self._attend(*_placed(*own), None, **kwargs)[0] for own in parts]
+        return self.o_proj(packed([output.flatten(2) for output in outputs]))
 
     def _can_take_by_weights(self) -> bool:
         """Whether few queries can do without keys and values of all tokens: with the weights of the projections at

@@ -165,7 +165,8 @@ class ViTRegEmbeddings(nn.Module):
     def _check_pixels(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> None:
         channels = self.config.num_channels
         if not isinstance(pixel_values, Tensor):
-            raise ValueError(f"Expected pixel_values as a torch tensor, got {type(pixel_values).__name__}")
+            hint = ": images of many sizes go through forward_packed" if isinstance(pixel_values, list) else ""
+            raise ValueError(f"Expected pixel_values as a torch tensor, got {type(pixel_values).__name__}{hint}")
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
             expected = f"pixel_values of shape (batch, {channels}, height, width)"
             raise ValueError(f"Expected {expected}, got {tuple(pixel_values.shape)}")
