@@ -247,8 +247,9 @@ class ViTRegModel(PackedModelMixin, RecordingMixin, ViTRegPreTrainedModel):
             output_hidden_states: return `hidden_states`, embeddings and every block's output, before the final norm.
             output_prefix_attentions: return `prefix_attentions`, for all layers or for those listed.
             output_tokens: False computes of the last layer what the pooling of the config reads, unless hidden states
-                or attention are asked for: with pooling `cls` keys and values of all tokens, all else of CLS alone.
-                Outputs are equal; tokens that were not computed are None, `last_hidden_state` among them.
+                or attention are asked for: with pooling `cls` that of CLS alone, which takes from the other tokens
+                through the weights (see `pooled_attention.py`). Outputs are equal; tokens that were not computed are
+                None, `last_hidden_state` among them.
 
         Returns:
             `ViTRegModelOutput`.
