@@ -61,9 +61,8 @@ floor: $(FLOOR)/.ready ## run the tests with the oldest supported Transformers a
 	$(ONE_THREAD) $(FLOOR)/bin/python -m pytest -n 2 --dist loadscope -W ignore::DeprecationWarning -W ignore::FutureWarning
 
 benchmark: $(READY) ## measure speed against other implementations: hours; then the tables and the picture
-	for size in small base; do for how in "" --compile; do \
+	for size in small base; do for how in --onnx --compile; do \
 	$(ONE_THREAD) $(BIN)/python benchmarks/pooled_features.py --size $$size $$how || exit 1; done; done
-	$(ONE_THREAD) $(BIN)/python benchmarks/pooled_features.py --onnx --batch_sizes 1 8
 	$(ONE_THREAD) $(BIN)/python benchmarks/pooled_features.py --family dinov3 --batch_sizes 1 8
 	for one in training_step mixed_resolutions preprocessing jpeg_decoding attention_maps analysis_pass; do \
 	$(ONE_THREAD) $(BIN)/python benchmarks/$$one.py || exit 1; done
