@@ -32,7 +32,8 @@ MODEL_IMPORTS = {
     "recording": set(),
     "processor_checks": set(),
     "fingerprint": set(),
-    "image_inputs": {"processor_checks"},
+    "pixel_memory": set(),
+    "image_inputs": {"pixel_memory", "processor_checks"},
     "token_layout": {"configuration_vitreg"},
     "position_embedding": {"configuration_vitreg"},
     "moved_neurons": {"configuration_vitreg", "token_layout"},
@@ -47,7 +48,9 @@ MODEL_IMPORTS = {
         *("position_embedding", "token_layout"),
     },
     "image_processing_pil_vitreg": {"image_inputs", "processor_checks"},
-    "image_processing_vitreg": {"image_inputs", "image_processing_pil_vitreg", "processor_checks"},
+    "image_processing_vitreg": {
+        *("image_inputs", "image_processing_pil_vitreg", "pixel_memory", "processor_checks"),
+    },
 }
 
 

@@ -222,7 +222,9 @@ class ViTRegImageProcessorMixin(BaseImageProcessor):
             self._pad_batch(data, pad_size, size_divisor, kwargs["disable_grouping"])
         if labels is not None:
             data["labels"] = [like(pixels[0], one) for one in data["labels"]]
-        if return_tensors is not None:
+        if return_tensors is None:
+            data["pixel_values"] = list(data["pixel_values"])
+        else:
             check_one_shape(data["pixel_values"])
         return BatchFeature(dict(data), tensor_type=return_tensors)
 
