@@ -104,3 +104,26 @@ def test_inference_refuses_wrong_numbers(wrong, message, capsys):
     with pytest.raises(SystemExit):
         run("pooled_features", *wrong)
     assert message in capsys.readouterr().err
+
+
+def test_preprocessing_compares_outputs_of_every_input(tmp_path, capsys):
+    output = tmp_path / "preprocessing.json"
+    run("preprocessing", "--photos", "3", "--repetitions", "2", "--output", str(output))
+    run("preprocessing", "--photos", "3", "--repetitions", "1", "--output", str(output))
+    rows = json.loads(output.read_text())["rows"]
+    kinds = ["PIL images", "numpy arrays", "uint8 tensors"]
+    assert [(row["setting"], row["input"]) for row in rows] == [
+        (setting, kind) for setting in ("crop", "fixed") for kind in kinds
+    ]
+    for row in rows:
+        assert row["repetitions"] == 1  # which replaced the rows of the run before
+        assert set(row["speedup_over"]) == {"vit", "dinov2", "dinov3"}
+        assert row["largest_difference"]["vit"] == row["largest_difference"]["dinov2"] == 0.0
+        assert row["largest_difference"]["dinov3"] > 0
+    assert f"written: {output}" in capsys.readouterr().out
+
+
+def test_preprocessing_refuses_no_photos(capsys):
+    with pytest.raises(SystemExit):
+        run("preprocessing", "--photos", "0")
+    assert "expected a positive number in --photos, got 0" in capsys.readouterr().err
