@@ -127,3 +127,32 @@ def test_preprocessing_refuses_no_photos(capsys):
     with pytest.raises(SystemExit):
         run("preprocessing", "--photos", "0")
     assert "expected a positive number in --photos, got 0" in capsys.readouterr().err
+
+
+def test_jpeg_decoding_tells_what_is_saved_and_what_it_changes(tmp_path, capsys):
+    output = tmp_path / "jpeg.json"
+    small = ["--photos", "2", "--repetitions", "1", "--output", str(output)]
+    run("jpeg_decoding", "--sizes", "375x500", "1200x1600", *small)
+    rows = {(row["size"], row["needs"]): row for row in json.loads(output.read_text())["rows"]}
+    assert len(rows) == 6
+    assert rows["1200x1600", "no random crops"]["decoded"] == "600x800"
+    assert rows["1200x1600", "crops from 35 %"]["decoded"] == "600x800"
+    for row in rows.values():
+        assert set(row["speedup_over"]) == {"whole"}
+        smaller = row["decoded"] != row["size"]
+        assert smaller == (row["size"] == "1200x1600" and row["needs"] != "crops from 8 %")
+        assert (row["mean_difference"]["resized"] > 0) == smaller
+    assert f"written: {output}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--sizes", "375"], "expected sizes like 375x500 in --sizes, got 375"),
+        (["--device", "cuda"], "expected cpu in --device, where JPEGs are decoded, got cuda"),
+    ],
+)
+def test_jpeg_decoding_refuses_what_it_cannot_measure(wrong, message, capsys):
+    with pytest.raises(SystemExit):
+        run("jpeg_decoding", *wrong)
+    assert message in capsys.readouterr().err
