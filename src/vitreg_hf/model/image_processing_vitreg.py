@@ -8,9 +8,11 @@ This module imports without torchvision; the class then asks for it when constru
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
@@ -37,13 +39,34 @@ def _needs_two_passes(image: Tensor, resample: PILImageResampling) -> bool:
 
 
 def _has_levels(image: Tensor) -> bool:
-    """Whether it holds grey levels, on the CPU."""
-    return image.dtype == torch.uint8 and image.device.type == "cpu"
+    """Whether it holds grey levels, on the CPU; not while it is traced, which cannot follow memory."""
+    return image.dtype == torch.uint8 and image.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _is_photo(image: Tensor) -> bool:
     """Whether it is a single RGB image of grey levels on the CPU, `(3, H, W)`."""
     return _has_levels(image) and image.ndim == 3 and image.shape[0] == 3
+
+
+@cache
+def _native_filters() -> dict[PILImageResampling, str]:
+    """Filters for which torchvision hands bytes to PyTorch on this CPU, by PyTorch's name; else it makes floats."""
+    vectorised = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    bilinear = {PILImageResampling.BILINEAR: "bilinear"} if vectorised else {}
+    return {PILImageResampling.BICUBIC: "bicubic", **bilinear}
+
+
+def _resize_photo(image: Tensor, height: int, width: int, resample: PILImageResampling, antialias: bool) -> Tensor:
+    """What torchvision does with bytes, without what it does around that."""
+    if image.shape[-2:] == (height, width):
+        return image
+    pixels = interleaved(image)
+    if pixels.stride(0) == 1:  # this stride of the batch keeps PyTorch from taking one image for planes
+        pixels = pixels.as_strided((1, *pixels.shape), (pixels.numel(), *pixels.stride()))
+    else:
+        pixels = pixels[None]
+    mode = _native_filters()[resample]
+    return F.interpolate(pixels, size=(height, width), mode=mode, antialias=antialias)[0, :3]
 
 
 class ViTRegImageProcessor(ViTRegImageProcessorMixin, TorchvisionBackend):
@@ -103,9 +126,8 @@ class ViTRegImageProcessor(ViTRegImageProcessorMixin, TorchvisionBackend):
             return torch.from_numpy(columns).to(image.device).unflatten(0, image.shape[:-2])
         if _needs_two_passes(image, resample):
             image = super().resize(image, SizeDict(height=image.shape[-2], width=width), resample, antialias, **kwargs)
-        if _is_photo(image) and image.shape[-2:] != (height, width):
-            image = interleaved(image)
-            return super().resize(image, SizeDict(height=height, width=width), resample, antialias, **kwargs)[:3]
+        if _is_photo(image) and resample in _native_filters():
+            return _resize_photo(image, height, width, resample, antialias)
         return super().resize(image, SizeDict(height=height, width=width), resample, antialias, **kwargs)
 
     def _preprocess(self, images: list[Tensor], **options: Any) -> BatchFeature:  # type: ignore[override]  # by name

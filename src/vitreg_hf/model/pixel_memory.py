@@ -9,6 +9,7 @@ written to, and nothing that a processor returns may share it.
 """
 
 import ctypes
+import math
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,7 @@ def _pillow_memory(image: PIL.Image.Image) -> Tensor | None:
         return None
     values = pixels.children[0].contents
     shape = image.height, image.width, _BYTES
-    if pixels.offset or values.offset or values.n_buffers != 2 or values.length != np.prod(shape):
+    if pixels.offset or values.offset or values.n_buffers != 2 or values.length != math.prod(shape):
         return None
     return torch.from_numpy(np.asarray(_Memory(values.buffers[1], shape, capsule)))
 
@@ -113,12 +114,14 @@ def interleaved(image: Tensor) -> Tensor:
     Returns:
         `(3, H, W)`, or `(4, H, W)` with a fourth channel to be ignored; the image itself where that is not possible.
     """
-    if (whole := _whole_pixels(image)) is not None or not all(plane.is_contiguous() for plane in image):
-        return image if whole is None else whole
-    extent = image.shape[-1], image.shape[-2]
-    planes = [PIL.Image.frombuffer("L", extent, plane, "raw", "L", 0, 1) for plane in image.numpy()]
+    if (whole := _whole_pixels(image)) is not None:
+        return whole
+    height, width = image.shape[-2:]
+    if image.stride()[1:] != (width, 1):
+        return image
+    planes = [PIL.Image.frombuffer("L", (width, height), plane, "raw", "L", 0, 1) for plane in image.numpy()]
     merged = _pillow_memory(PIL.Image.merge("RGB", planes))
-    return image if merged is None else merged.movedim(-1, 0)
+    return image if merged is None else merged.permute(2, 0, 1)
 
 
 def moved(image: Tensor, device: torch.device | str) -> Tensor:
@@ -130,9 +133,10 @@ def moved(image: Tensor, device: torch.device | str) -> Tensor:
 def _whole_pixels(image: Tensor) -> Tensor | None:
     """Pillow's pixels `(4, H, W)`, if the image `(3, H, W)` is a view of such."""
     height, width = image.shape[-2:]
-    bytes_needed = image.storage_offset() + height * width * _BYTES
-    if image.dtype != torch.uint8 or image.shape[0] != 3 or image.stride() != (1, _BYTES * width, _BYTES):
+    if image.stride() != (1, _BYTES * width, _BYTES) or image.shape[0] != 3 or image.dtype != torch.uint8:
         return None
-    if bytes_needed > image.untyped_storage().nbytes():  # of another's, which ends with the third channel
+    if (
+        image.storage_offset() + height * width * _BYTES > image.untyped_storage().nbytes()
+    ):  # of another's, which ends with the third channel
         return None
     return image.as_strided((_BYTES, height, width), image.stride())
