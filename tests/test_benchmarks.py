@@ -123,6 +123,15 @@ def test_preprocessing_compares_outputs_of_every_input(tmp_path, capsys):
     assert f"written: {output}" in capsys.readouterr().out
 
 
+def test_photos_become_tensors_in_less_time_and_are_the_same():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "preprocessing.json").read_text())["rows"]
+    assert len(rows) == 6
+    for row in rows:
+        least = 1.5 if row["input"] == "uint8 tensors" else 2.5
+        assert min(row["speedup_over"][name]["median"] for name in ("vit", "dinov2")) > least
+        assert row["largest_difference"]["vit"] == row["largest_difference"]["dinov2"] == 0.0
+
+
 def test_preprocessing_refuses_no_photos(capsys):
     with pytest.raises(SystemExit):
         run("preprocessing", "--photos", "0")
