@@ -34,7 +34,8 @@ MODEL_IMPORTS = {
     "fingerprint": set(),
     "inference": set(),
     "patch_budget": set(),
-    "image_inputs": {"patch_budget", "processor_checks"},
+    "pixel_memory": set(),
+    "image_inputs": {"patch_budget", "pixel_memory", "processor_checks"},
     "token_layout": {"configuration_vitreg"},
     "position_embedding": {"configuration_vitreg"},
     "moved_neurons": {"configuration_vitreg", "token_layout"},
@@ -56,7 +57,9 @@ MODEL_IMPORTS = {
         *("packed_model", "position_embedding", "recording", "token_layout"),
     },
     "image_processing_pil_vitreg": {"image_inputs", "patch_budget", "processor_checks"},
-    "image_processing_vitreg": {"image_inputs", "image_processing_pil_vitreg", "processor_checks"},
+    "image_processing_vitreg": {
+        *("image_inputs", "image_processing_pil_vitreg", "pixel_memory", "processor_checks"),
+    },
 }
 
 

@@ -155,3 +155,64 @@ def test_the_tables_are_those_of_the_results(tmp_path, monkeypatch):
     assert {one.group for one in found} == {benchmark.group for benchmark in report["BENCHMARKS"]}
     for page, text in (("README.md", report["summary"](found)), ("docs/benchmarks.md", report["page"](found))):
         assert f"{report['BEGIN']}\n\n{text}\n\n{report['END']}" in (ROOT / page).read_text(), page
+
+
+def test_preprocessing_compares_outputs_of_every_input(tmp_path, capsys):
+    output = tmp_path / "preprocessing.json"
+    run("preprocessing", "--photos", "3", "--repetitions", "2", "--output", str(output))
+    run("preprocessing", "--photos", "3", "--repetitions", "1", "--output", str(output))
+    rows = json.loads(output.read_text())["rows"]
+    kinds = ["PIL images", "numpy arrays", "uint8 tensors"]
+    assert [(row["setting"], row["input"]) for row in rows] == [
+        (setting, kind) for setting in ("crop", "fixed") for kind in kinds
+    ]
+    for row in rows:
+        assert row["repetitions"] == 1  # which replaced the rows of the run before
+        assert set(row["speedup_over"]) == {"vit", "dinov2", "dinov3"}
+        assert row["largest_difference"]["vit"] == row["largest_difference"]["dinov2"] == 0.0
+        assert row["largest_difference"]["dinov3"] > 0
+    assert f"written: {output}" in capsys.readouterr().out
+
+
+def test_photos_become_tensors_in_less_time_and_are_the_same():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "preprocessing.json").read_text())["rows"]
+    assert len(rows) == 6
+    for row in rows:
+        least = 1.5 if row["input"] == "uint8 tensors" else 2.5
+        assert min(row["speedup_over"][name]["median"] for name in ("vit", "dinov2")) > least
+        assert row["largest_difference"]["vit"] == row["largest_difference"]["dinov2"] == 0.0
+
+
+def test_preprocessing_refuses_no_photos(capsys):
+    with pytest.raises(SystemExit):
+        run("preprocessing", "--photos", "0")
+    assert "expected a positive number in --photos, got 0" in capsys.readouterr().err
+
+
+def test_jpeg_decoding_tells_what_is_saved_and_what_it_changes(tmp_path, capsys):
+    output = tmp_path / "jpeg.json"
+    small = ["--photos", "2", "--repetitions", "1", "--output", str(output)]
+    run("jpeg_decoding", "--sizes", "375x500", "1200x1600", *small)
+    rows = {(row["size"], row["needs"]): row for row in json.loads(output.read_text())["rows"]}
+    assert len(rows) == 6
+    assert rows["1200x1600", "no random crops"]["decoded"] == "600x800"
+    assert rows["1200x1600", "crops from 35 %"]["decoded"] == "600x800"
+    for row in rows.values():
+        assert set(row["speedup_over"]) == {"whole"}
+        smaller = row["decoded"] != row["size"]
+        assert smaller == (row["size"] == "1200x1600" and row["needs"] != "crops from 8 %")
+        assert (row["mean_difference"]["resized"] > 0) == smaller
+    assert f"written: {output}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--sizes", "375"], "expected sizes like 375x500 in --sizes, got 375"),
+        (["--device", "cuda"], "expected cpu in --device, where JPEGs are decoded, got cuda"),
+    ],
+)
+def test_jpeg_decoding_refuses_what_it_cannot_measure(wrong, message, capsys):
+    with pytest.raises(SystemExit):
+        run("jpeg_decoding", *wrong)
+    assert message in capsys.readouterr().err

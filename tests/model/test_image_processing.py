@@ -25,17 +25,21 @@ from vitreg_hf.model import (
     image_processing_pil_vitreg,
     image_processing_vitreg,
     patch_budget,
+    pixel_memory,
     processor_checks,
 )
 from vitreg_hf.model.image_processing_pil_vitreg import ViTRegImageProcessorPil
 from vitreg_hf.model.image_processing_vitreg import ViTRegImageProcessor
 
 MODULES: list[Any] = [
-    processor_checks,
-    patch_budget,
-    image_inputs,
-    image_processing_pil_vitreg,
-    image_processing_vitreg,
+    *(
+        processor_checks,
+        patch_budget,
+        pixel_memory,
+        image_inputs,
+        image_processing_pil_vitreg,
+        image_processing_vitreg,
+    ),
 ]
 PROCESSORS: list[Any] = [ViTRegImageProcessor, ViTRegImageProcessorPil]
 RAW = {"do_resize": False, "do_center_crop": False, "do_rescale": False, "do_normalize": False}

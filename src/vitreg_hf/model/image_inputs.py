@@ -27,10 +27,10 @@ from transformers.image_utils import (
 )
 
 from .patch_budget import PatchBudget
+from .pixel_memory import LEVELS_16_TO_8_BIT, array_memory, pillow_pixels
 from .processor_checks import MOST_MAGNITUDE, check_extent, check_file_size
 
 IGNORED_LABEL = 255
-LEVELS_16_TO_8_BIT = 257  # 65535 / 255: scales the full 16 bit range onto the full 8 bit range
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -98,45 +98,32 @@ def read_image(image: Any, do_convert_rgb: bool, input_data_format: str | Channe
     Raises:
         ValueError: if values or dimensions do not fit, or a PIL image has more pixels than Pillow takes for safe.
     """
+    pixels = view_image(image, do_convert_rgb, input_data_format)
+    read_only = isinstance(image, np.ndarray) and not image.flags.writeable
+    if read_only or isinstance(image, PIL.Image.Image):
+        return pixels.clone(memory_format=torch.contiguous_format)
+    return pixels.contiguous()
+
+
+def view_image(image: Any, do_convert_rgb: bool, input_data_format: str | ChannelDimension | None = None) -> Tensor:
+    """The same in whatever layout it is there: it may share memory with the image, and must not be written to."""
     if isinstance(image, PIL.Image.Image):
         check_file_size(image)
-        pixels, input_data_format = torch.from_numpy(_pil_pixels(image, do_convert_rgb)), ChannelDimension.LAST
+        pixels, input_data_format = pillow_pixels(image, do_convert_rgb), ChannelDimension.LAST
     else:
         pixels = _as_tensor(image)
     if 0 in pixels.shape:
         raise ValueError(f"expected an image with pixels, got shape {tuple(pixels.shape)}")
     pixels = _channels_first(_as_levels(pixels), input_data_format)
-    return (_to_rgb(pixels) if do_convert_rgb else pixels).contiguous()
-
-
-def _pil_pixels(image: PIL.Image.Image, do_convert_rgb: bool) -> np.ndarray:
-    """Pixels of any PIL mode as uint8 `(H, W)` or `(H, W, C)`; transparency stays a fourth channel."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        return _grey_levels(image)
-    colours = "RGBA" if image.has_transparency_data else "RGB"
-    # an image that is not to be converted keeps its own channels, but palette indices are no intensities
-    own_channels = {"1": "L", "P": colours, "PA": colours}.get(image.mode, image.mode)
-    mode = colours if do_convert_rgb else own_channels
-    return np.array(image if image.mode == mode else image.convert(mode))
-
-
-def _grey_levels(image: PIL.Image.Image) -> np.ndarray:
-    """8 bit grey levels `(H, W)` of a 16 bit ("I;16", "I") or float ("F") image; Pillow itself would clip them."""
-    values = np.array(image)
-    step = 1 if image.mode == "F" else LEVELS_16_TO_8_BIT
-    low, high = values.min(), values.max()
-    if not (low >= 0 and high <= 255 * step):
-        raise ValueError(f"expected values 0..{255 * step} in a PIL image of mode {image.mode!r}, got {low}..{high}")
-    levels = np.rint(values / step).astype(np.uint8)
-    if "transparency" in image.info:
-        levels[values == image.info["transparency"]] = 255
-    return levels
+    return _to_rgb(pixels) if do_convert_rgb else pixels
 
 
 def _as_tensor(array: np.ndarray | Tensor) -> Tensor:
-    """A tensor over the same memory where torch can have it: writable, native byte order, positive strides."""
+    """A tensor over the same memory where torch can have it: native byte order, positive strides."""
     if isinstance(array, Tensor):
         return array.detach()
+    if array.dtype == np.uint8 and array.flags.c_contiguous:
+        return torch.from_numpy(array_memory(array))
     return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
 
 

@@ -244,7 +244,9 @@ class ViTRegImageProcessorMixin(BaseImageProcessor):
             self._pad_batch(data, pad_size, size_divisor, kwargs["disable_grouping"])
         if labels is not None:
             data["labels"] = [like(pixels[0], one) for one in data["labels"]]
-        if return_tensors is not None and not isinstance(kwargs["size"], PatchBudget):
+        if return_tensors is None:
+            data["pixel_values"] = list(data["pixel_values"])
+        elif not isinstance(kwargs["size"], PatchBudget):
             check_one_shape(data["pixel_values"])
         return batch_of_sizes(dict(data), return_tensors)
 

@@ -7,6 +7,7 @@ what a model was trained for is saved with it, in one place.
 Shapes: B images of C channels and H x W pixels as they are decoded, h x w pixels as the model gets them, K classes.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -16,6 +17,7 @@ from torchvision.transforms import v2
 from transformers.image_utils import PILImageResampling, pil_torch_interpolation_mapping
 
 from vitreg_hf.model.image_processing_vitreg import ViTRegImageProcessor
+from vitreg_hf.training.scaled_jpeg import ScaledImage
 
 
 class EvaluationTransform:
@@ -77,19 +79,48 @@ class TrainingTransform:
         self.steps.append(step)
 
     @property
+    def least_edge(self) -> int | None:
+        """Pixels of the shorter edge of an image that are enough: no crop has to be enlarged because of them.
+
+        Without random crops the shorter edge is twice the size that images are resized to. With them the smallest crop
+        that can be drawn, by area and by its narrowest shape, still has the pixels that it is resized to, and the
+        shorter edge is at least twice that size. None if images are not resized.
+        """
+        if self.crop is not None:
+            narrowest = math.sqrt(self.crop.scale[0] * self.crop.ratio[0])
+            return math.ceil(max(self.crop.size) * max(2.0, 1 / narrowest))
+        return 2 * max(dict(self.processor.size).values()) if self.processor.do_resize else None
+
+    @property
     def is_random(self) -> bool:
         """Whether an image is not the same each time."""
         return bool(self.names)
 
     def augment(self, image: Tensor) -> Tensor:
         """One decoded image, uint8 `(C, H, W)`, sized for the model and augmented; itself if nothing is random."""
-        if self.crop is not None:
-            image = self.crop(image)
-        elif self.steps:
-            image = self.processor([image], do_rescale=False, do_normalize=False)["pixel_values"][0]
+        image = self._sized(image)
         for step in self.steps:
             image = step(image)
         return image
+
+    def _sized(self, image: Tensor) -> Tensor:
+        if self.crop is not None:
+            return self._cropped(image, self.crop)
+        if isinstance(image, ScaledImage):
+            image = image.as_subclass(Tensor)
+        if not self.steps:
+            return image
+        resized: Tensor = self.processor([image], do_rescale=False, do_normalize=False)["pixel_values"][0]
+        return resized
+
+    def _cropped(self, image: Tensor, crop: v2.RandomResizedCrop) -> Tensor:
+        if not isinstance(image, ScaledImage):
+            cropped: Tensor = crop(image)
+            return cropped
+        drawn = crop.make_params([torch.empty(image.shape[0], *image.whole_size, device="meta")])
+        box = image.part(*(drawn[name] for name in ("top", "left", "height", "width")))
+        how = {"interpolation": crop.interpolation, "antialias": crop.antialias}
+        return v2.functional.resized_crop(image.as_subclass(Tensor), *box, crop.size, **how)
 
     def __call__(self, images: Sequence[Tensor]) -> Tensor:
         """Augmented images to a normalised batch `(B, C, h, w)` float32."""

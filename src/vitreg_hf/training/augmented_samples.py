@@ -11,9 +11,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from vitreg_hf.training.augmentation import TrainingTransform
-from vitreg_hf.training.classification_data import Images, channels_of, skip_limit
+from vitreg_hf.training.classification_data import Images, channels_of, least_edge, skip_limit
 from vitreg_hf.training.classification_settings import ImageClassificationSettings
-from vitreg_hf.training.labelled_images import ImageClassificationData, TrainingImages
+from vitreg_hf.training.labelled_images import ImageClassificationData, LabelledImages, TrainingImages
 from vitreg_hf.training.sampling import SampleKey, SampleStream
 from vitreg_hf.training.seeding import seeded
 from vitreg_hf.training.streaming import Decoder, Part
@@ -49,10 +49,11 @@ def augmented_samples(
         passes: n.
     """
     if isinstance(data, ImageClassificationData):
-        samples = _first(data, settings, images, passes)
+        train = data.train.with_least_edge(least_edge(settings, transform))
+        samples = _first(train, settings, images, passes)
     else:
         rows = Part(data.train).rows(0)
-        decoder = Decoder(channels_of(transform.processor), skip_limit(settings))
+        decoder = Decoder(channels_of(transform.processor), skip_limit(settings), least_edge(settings, transform))
         decoded = ((decoder.decode(row), row.label) for row in rows)
         readable = ((image, label) for image, label in decoded if image is not None)
         numbered = enumerate(islice(readable, images))
@@ -68,11 +69,11 @@ def augmented_samples(
 
 
 def _first(
-    data: ImageClassificationData, settings: ImageClassificationSettings, images: int, passes: int
+    train: LabelledImages, settings: ImageClassificationSettings, images: int, passes: int
 ) -> Iterator[tuple[Tensor, int, list[SampleKey]]]:
-    decoded = TrainingImages(data.train, lambda image: image, settings.seed, skip_limit(settings))
-    order = SampleStream(len(data.train), settings.seed)
-    for place in range(min(images, len(data.train))):
+    decoded = TrainingImages(train, lambda image: image, settings.seed, skip_limit(settings))
+    order = SampleStream(len(train), settings.seed)
+    for place in range(min(images, len(train))):
         keys = [SampleKey(order.key(place).index, epoch) for epoch in range(passes)]
         sample = decoded[keys[0]]
         yield sample.image, sample.label, keys

@@ -92,6 +92,11 @@ def training_transform(settings: ImageClassificationSettings, processor: ViTRegI
     )
 
 
+def least_edge(settings: ImageClassificationSettings, transform: TrainingTransform) -> int | None:
+    """Pixels to which training images are decoded at least, see `labelled_images.decode`; None: to all they have."""
+    return transform.least_edge if settings.fast_jpeg_decoding else None
+
+
 def skip_limit(settings: ImageClassificationSettings) -> SkipLimit | None:
     """How many images may be left out while training; None: none."""
     return SkipLimit(settings.max_skipped_share) if settings.on_corrupt_image == "skip" else None
@@ -126,14 +131,15 @@ def training_batches(
     loader: Iterable[Batch]
     collate = Collate(transform)
     if isinstance(data, StreamedImageClassificationData):
-        loading = _stream_loading(settings, accelerator, transform.processor)
+        loading = _stream_loading(settings, accelerator, transform.processor, least_edge(settings, transform))
         sizes = settings.per_device_train_batch_size, transform.augment, collate, settings.seed, position
         loader = loading.training(data.train, *sizes)
     else:
-        stream = SampleStream(len(data.train), settings.seed, settings.repeated_augmentation)
+        images = data.train.with_least_edge(least_edge(settings, transform))
+        stream = SampleStream(len(images), settings.seed, settings.repeated_augmentation)
         processes = accelerator.process_index, accelerator.num_processes
         loader = DataLoader(
-            TrainingImages(data.train, transform.augment, settings.seed, skip_limit(settings)),
+            TrainingImages(images, transform.augment, settings.seed, skip_limit(settings)),
             batch_sampler=BatchStream(stream, settings.per_device_train_batch_size, num_batches, position, *processes),
             collate_fn=collate,
             num_workers=settings.dataloader_num_workers,
@@ -223,7 +229,10 @@ class _HeldOutStream:
 
 
 def _stream_loading(
-    settings: ImageClassificationSettings, accelerator: Accelerator, processor: ViTRegImageProcessor
+    settings: ImageClassificationSettings,
+    accelerator: Accelerator,
+    processor: ViTRegImageProcessor,
+    least_edge: int | None = None,
 ) -> StreamLoading:
     return StreamLoading(
         accelerator.process_index,
@@ -231,7 +240,7 @@ def _stream_loading(
         settings.dataloader_num_workers,
         accelerator.device.type == "cuda",
         settings.shuffle_buffer_size,
-        Decoder(channels_of(processor), skip_limit(settings)),
+        Decoder(channels_of(processor), skip_limit(settings), least_edge),
     )
 
 

@@ -181,6 +181,9 @@ class ImageClassificationSettings(StreamSettings, TrainingSettings):
     mixup_alpha: float = option(0.0, "MixUp with this parameter; 0: none")
     cutmix_alpha: float = option(0.0, "CutMix with this parameter; 0: none; with both, each batch has one of them")
     repeated_augmentation: int = option(1, "copies of an image per pass, each augmented on its own, of fewer images")
+    fast_jpeg_decoding: bool = option(
+        False, "decode large JPEGs to a half, quarter or eighth where no crop needs more; of training images only"
+    )
     eval_crop_ratio: float = option(
         0.875, "share of an image's shorter edge that is evaluated; training on crops only"
     )

@@ -23,6 +23,7 @@ from vitreg_hf.model.image_inputs import read_image, read_label_map
 from vitreg_hf.model.processor_checks import check_file_size
 from vitreg_hf.training.corrupt_images import SkipLimit
 from vitreg_hf.training.sampling import SampleKey
+from vitreg_hf.training.scaled_jpeg import draft, scaled_image
 from vitreg_hf.training.seeding import seeded
 
 # What is held out or drawn is a property of the data, not of a training: runs with other seeds stay comparable.
@@ -36,10 +37,11 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
         rows: columns `image` (`datasets.Image(decode=False)`), `label` (`datasets.ClassLabel`) and `row` (its number
             at the source).
         num_channels: 3 for RGB, 1 for grey; any other number for images that have as many.
+        least_edge: as for `decode`.
     """
 
-    def __init__(self, rows: datasets.Dataset, num_channels: int = 3) -> None:
-        self.rows, self.num_channels = rows, num_channels
+    def __init__(self, rows: datasets.Dataset, num_channels: int = 3, least_edge: int | None = None) -> None:
+        self.rows, self.num_channels, self.least_edge = rows, num_channels, least_edge
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -52,7 +54,7 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
         """
         row = self.rows[int(index)]
         try:
-            return decode(row["image"], self.num_channels), row["label"]
+            return decode(row["image"], self.num_channels, self.least_edge), row["label"]
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more
             raise ValueError(f"Expected a readable image, got {self.source_of(index)}: {error}") from error
 
@@ -80,11 +82,15 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
         kept = [index for index in range(len(self)) if index not in left_out]
         if not kept:
             raise ValueError(f"Expected at least one readable image, got {len(left_out)} that are not")
-        return LabelledImages(self.rows.select(kept), self.num_channels) if left_out else self
+        return self._of(self.rows.select(kept)) if left_out else self
 
     def with_channels(self, num_channels: int) -> "LabelledImages":
         """The same images with other channels."""
-        return LabelledImages(self.rows, num_channels)
+        return LabelledImages(self.rows, num_channels, self.least_edge)
+
+    def with_least_edge(self, least_edge: int | None) -> "LabelledImages":
+        """The same images, decoded to fewer pixels where `decode` can; None: to all of them."""
+        return LabelledImages(self.rows, self.num_channels, least_edge)
 
     def sample(self, count: int) -> "LabelledImages":
         """`count` images drawn once and for all, or all of them if there are no more.
@@ -95,7 +101,10 @@ class LabelledImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
         if count < 1:
             raise ValueError(f"Expected at least 1 image to keep, got {count}")
         order = np.random.default_rng(SPLIT_SEED).permutation(len(self))
-        return LabelledImages(self.rows.select(sorted(order[:count])), self.num_channels)
+        return self._of(self.rows.select(sorted(order[:count])))
+
+    def _of(self, rows: datasets.Dataset) -> "LabelledImages":
+        return LabelledImages(rows, self.num_channels, self.least_edge)
 
 
 @dataclass(frozen=True)
@@ -124,14 +133,22 @@ class ImageClassificationData:
 # Decoding
 
 
-def decode(encoded: dict[str, Any], num_channels: int = 3) -> Tensor:
+def decode(encoded: dict[str, Any], num_channels: int = 3, least_edge: int | None = None) -> Tensor:
     """Decode an image as `datasets` stores it, `{"bytes": ..., "path": ...}`, to uint8 `(C, H, W)`.
+
+    Args:
+        encoded: the image.
+        num_channels: as for `LabelledImages`.
+        least_edge: pixels that the shorter edge keeps at least. A JPEG that has several times as many is decoded to a
+            half, a quarter or an eighth of both edges, and is a `ScaledImage`; other formats are decoded whole. None
+            decodes every image whole, as the image processor does.
 
     Raises:
         ValueError: if channels other than 3 (RGB) and 1 (grey) are asked for and the image has another number of them.
     """
     with PIL.Image.open(_opened(encoded)) as image:
         check_file_size(image)  # before anything decodes it
+        whole_size = None if least_edge is None else draft(image, least_edge)
         upright = PIL.ImageOps.exif_transpose(image)
         if num_channels != 1:
             pixels = read_image(upright, do_convert_rgb=num_channels == 3)
@@ -139,7 +156,7 @@ def decode(encoded: dict[str, Any], num_channels: int = 3) -> Tensor:
             pixels = grey(read_image(upright, do_convert_rgb=True))
     if pixels.shape[0] != num_channels:
         raise ValueError(f"Expected an image of {num_channels} channels, got one of {pixels.shape[0]}")
-    return pixels
+    return pixels if whole_size is None else scaled_image(pixels, whole_size)
 
 
 def decode_label_map(encoded: dict[str, Any]) -> Tensor:

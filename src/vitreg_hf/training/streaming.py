@@ -122,10 +122,12 @@ class Decoder:
     Args:
         num_channels: as for `LabelledImages`.
         skip_limit: how many images that cannot be decoded may be left out; None: none.
+        least_edge: as for `labelled_images.decode`.
     """
 
     num_channels: int = 3
     skip_limit: SkipLimit | None = None
+    least_edge: int | None = None
 
     def decode(self, row: EncodedRow) -> Tensor | None:
         """The image, uint8 `(C, H, W)`, or None if it is left out.
@@ -135,7 +137,7 @@ class Decoder:
         """
         skipped = []
         try:
-            image = decode(_fetched(row.image), self.num_channels)
+            image = decode(_fetched(row.image), self.num_channels, self.least_edge)
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more
             if self.skip_limit is None:
                 raise ValueError(f"Expected a readable image, got {row.name}: {error}") from error
