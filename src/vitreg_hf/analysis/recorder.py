@@ -74,7 +74,7 @@ class AttentionCall:
         return self._logits((_ALL, _ALL, slice(num_queries)), self.keys())
 
     def _logits(self, block: Block, keys: Tensor) -> Tensor:
-        logits = (self.query[block] @ keys[block[:2]].transpose(2, 3)).float() * self.scaling
+        logits = (self.query[block] @ keys[block[:2]].transpose(2, 3)).float().mul_(self.scaling)
         tokens = self.query.shape[2]
         if self.causal:
             future = torch.ones(tokens, keys.shape[2], dtype=torch.bool, device=keys.device).triu(1)
