@@ -87,8 +87,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 # Models
 
 
-def features_of(options: argparse.Namespace) -> dict[str, Feature]:
-    """The pooled feature by every implementation, from the same weights."""
+def models_of(options: argparse.Namespace) -> dict[str, nn.Module]:
+    """The network by every implementation, from the same random weights."""
     torch.manual_seed(0)
     fields: dict[str, Any] = {"img_size": options.image_size, "num_classes": 0}
     if options.num_layers:
@@ -104,9 +104,12 @@ def features_of(options: argparse.Namespace) -> dict[str, Feature]:
         ours = convert_checkpoint(f"{folder}/timm", f"{folder}/vitreg").model
         export_checkpoint(f"{folder}/vitreg", f"{folder}/theirs", layout="dinov2_with_registers")
         theirs = AutoModel.from_pretrained(f"{folder}/theirs")
-    models = {
-        name: ready(model, options) for name, model in ((OURS, ours), ("transformers", theirs), ("timm", source))
-    }
+    return {OURS: ours, "transformers": theirs, "timm": source}
+
+
+def features_of(options: argparse.Namespace) -> dict[str, Feature]:
+    """The pooled feature by every implementation, from the same weights."""
+    models = {name: ready(model, options) for name, model in models_of(options).items()}
     return {
         OURS: lambda pixels: models[OURS](pixels, output_tokens=False).pooler_output,
         "all tokens": lambda pixels: models[OURS](pixels).pooler_output,
