@@ -141,6 +141,14 @@ def test_attention_maps_compares_memory_and_time_of_equal_maps(tmp_path, capsys)
     assert f"written: {output}" in capsys.readouterr().out
 
 
+def test_maps_of_cls_and_registers_held_a_fiftieth_of_the_memory_of_full_ones():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "attention_maps.json").read_text())["rows"]
+    assert {("small", 518), ("base", 518)} <= {(row["size"], row["image_size"]) for row in rows}
+    for row in rows:
+        for held in (row["maps_megabytes"], row["peak_megabytes_beyond_plain"]):
+            assert max(held.values()) > 50 * held["vitreg_hf"], row["size"]
+
+
 def test_attention_maps_refuses_wrong_numbers(capsys):
     with pytest.raises(SystemExit):
         run("attention_maps", "--image_size", "100")
