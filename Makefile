@@ -9,7 +9,7 @@ DEMO := outputs/digits
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: help install demo test suite lint format floor clean
+.PHONY: help install demo test suite lint format floor benchmark clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -59,6 +59,14 @@ $(FLOOR)/.ready: pyproject.toml
 # Old versions use what Python and PyTorch have deprecated since; no one can act on those warnings.
 floor: $(FLOOR)/.ready ## run the tests with the oldest supported Transformers and PyTorch
 	$(ONE_THREAD) $(FLOOR)/bin/python -m pytest -n 2 --dist loadscope -W ignore::DeprecationWarning -W ignore::FutureWarning
+
+benchmark: $(READY) ## measure speed against other implementations: hours; then the tables and the picture
+	for size in small base; do for how in --onnx --compile; do \
+	$(ONE_THREAD) $(BIN)/python benchmarks/pooled_features.py --size $$size $$how || exit 1; done; done
+	$(ONE_THREAD) $(BIN)/python benchmarks/pooled_features.py --family dinov3 --batch_sizes 1 8
+	for one in training_step mixed_resolutions preprocessing jpeg_decoding attention_maps analysis_pass; do \
+	$(ONE_THREAD) $(BIN)/python benchmarks/$$one.py || exit 1; done
+	$(BIN)/python benchmarks/report.py
 
 clean: ## remove environments, caches and outputs
 	rm -rf $(VENV) $(FLOOR) .cache outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

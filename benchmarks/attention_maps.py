@@ -16,8 +16,10 @@ over that of a plain forward pass of this package, within turns (see `side_by_si
 """
 
 import argparse
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     where = machine(options.device, options.dtype, options.threads)
     for size in options.sizes:
-        row = measured(argparse.Namespace(**vars(options), size=size))
+        row = measured(argparse.Namespace(**vars(options), size=size, family="dinov2"))
         print(told(row), flush=True)
         save_rows([row], KEY, options.output, where)
 
@@ -70,7 +72,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def passes_of(options: argparse.Namespace) -> tuple[Callable[[Tensor], Any], dict[str, Maps]]:
     """A plain forward pass, and every way to maps, by name."""
-    models: dict[str, Any] = models_of(options)
+    with tempfile.TemporaryDirectory() as folder:
+        models: dict[str, Any] = models_of(options, Path(folder))
     for model in models.values():
         model.eval().to(options.device, getattr(torch, options.dtype))
     ours, theirs, source = models[OURS], models["transformers"], models["timm"]

@@ -4,8 +4,10 @@ import json
 import pathlib
 import runpy
 import sys
+import warnings
 
 import pytest
+import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -105,6 +107,55 @@ def test_inference_refuses_wrong_numbers(wrong, message, capsys):
     with pytest.raises(SystemExit):
         run("pooled_features", *wrong)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["dinov2", "dinov3"])
+def test_pooled_features_of_both_families_with_onnx_runtime(family, tmp_path):
+    output = tmp_path / "features.json"
+    small = ["--num_layers", "2", "--image_size", {"dinov2": "28", "dinov3": "32"}[family], "--repetitions", "2"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter, in PyTorch's own code
+        run("pooled_features", "--family", family, *small, "--batch_sizes", "2", "--onnx", "--output", str(output))
+    row = json.loads(output.read_text())["rows"][0]
+    assert row["speedup_over"].keys() >= {"onnx vitreg_hf", "onnx transformers"}
+    assert row["onnx_speedup_over_transformers"]["median"] > 0
+    assert 0 < row["peak_megabytes"]["vitreg_hf"] <= row["peak_megabytes"]["transformers"]
+
+
+def test_training_steps_start_equal_and_leave_out_what_is_dropped(tmp_path, capsys):
+    output = tmp_path / "steps.json"
+    small = ["--num_layers", "2", "--image_size", "28", "--batch_size", "10", "--repetitions", "1"]
+    run("training_step", *small, "--output", str(output))
+    rows = {row["schedule"]: row for row in json.loads(output.read_text())["rows"]}
+    assert rows.keys() == {"none", "uniform", "linear"}
+    counted = {name: row["gflops_per_image"] for name, row in rows.items()}
+    assert counted["none"]["masking"] == counted["none"]["transformers"] == counted["none"]["timm"]
+    assert counted["uniform"]["vitreg_hf"] < 0.75 * counted["none"]["vitreg_hf"]
+    losses = rows["none"]["loss_of_the_first_step"]
+    assert all(loss == pytest.approx(losses["vitreg_hf"], rel=1e-4) for loss in losses.values())
+    assert f"written: {output}" in capsys.readouterr().out
+
+
+def test_peak_memory_counts_what_is_held_at_once():
+    run_path = runpy.run_path(str(ROOT / "benchmarks" / "side_by_side.py"))
+    million = 1000 * 1000 * 4 / 1e6  # MB
+
+    def work():
+        first = torch.zeros(1000, 1000)
+        second = first + 1
+        del first
+        return second * 2
+
+    assert run_path["peak_megabytes"](work) == pytest.approx(2 * million, abs=0.01)
+
+
+def test_the_tables_are_those_of_the_results(tmp_path, monkeypatch):
+    """The README's table and the page are what rendering gives, word for word."""
+    report = runpy.run_path(str(ROOT / "benchmarks" / "report.py"))
+    found = [one for benchmark in report["BENCHMARKS"] for one in benchmark.comparisons()]
+    assert {one.group for one in found} == {benchmark.group for benchmark in report["BENCHMARKS"]}
+    for page, text in (("README.md", report["summary"](found)), ("docs/benchmarks.md", report["page"](found))):
+        assert f"{report['BEGIN']}\n\n{text}\n\n{report['END']}" in (ROOT / page).read_text(), page
 
 
 def test_analysis_pass_compares_the_pass_with_forward_passes(tmp_path, capsys):

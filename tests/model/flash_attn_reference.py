@@ -50,13 +50,13 @@ class FlashAttnReference:
         alibi_slopes: Tensor | None = None,
         deterministic: bool = False,
     ) -> Tensor:
-        lengths = cu_seqlens_q.diff().tolist()
+        lengths, of_keys = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
         self.calls.append(("varlen", {"lengths": lengths, "causal": causal, "dropout_p": dropout_p}))
         assert q.ndim == 3
         assert q.dtype in (torch.float16, torch.bfloat16)
-        assert cu_seqlens_q.dtype == torch.int32
-        assert max_seqlen_q == max(lengths)
-        parts = [x.split(lengths) for x in (q, k, v)]
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+        assert (max_seqlen_q, max_seqlen_k) == (max(lengths), max(of_keys))
+        parts = [q.split(lengths), k.split(of_keys), v.split(of_keys)]
         attended = [self._attend(*(x[None] for x in one), softmax_scale)[0] for one in zip(*parts, strict=True)]
         return torch.cat(attended)
 

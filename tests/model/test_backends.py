@@ -107,6 +107,20 @@ class TestFlashAttention2:
         alone = outputs_of(model, "flash_attention_2", pixels[1:, :, :16])
         torch.testing.assert_close(got.logits[1], alone.logits[0], atol=5e-2, rtol=5e-2)
 
+    @pytest.mark.parametrize("fields", [{}, {"position_embedding_type": "rotary"}], ids=["table", "rotary"])
+    def test_images_of_many_sizes_are_one_call(self, flash, make_config, fields):
+        model = ViTRegForImageClassification(make_config(**fields)).eval().bfloat16()
+        images = [torch.randn(3, *size, dtype=torch.bfloat16) for size in [(40, 24), (8, 8), (40, 24), (16, 48)]]
+        alone = [outputs_of(model, "eager", image[None]).logits for image in images]
+        for output_tokens, last in ((True, [20, 20, 6, 17]), (False, [1, 1, 1, 1])):
+            flash.calls.clear()
+            got = outputs_of(model, "flash_attention_2", images, output_tokens=output_tokens)
+            calls = [("varlen", {"lengths": n, "causal": False, "dropout_p": 0.0}) for n in ([20, 20, 6, 17], last)]
+            # one token of each image takes by weights, without the kernel, where keys are not turned one by one
+            by_weights = not output_tokens and not fields
+            assert flash.calls == [calls[0], calls[0], *([] if by_weights else calls[1:])]
+            torch.testing.assert_close(got.logits, torch.cat(alone), atol=5e-2, rtol=5e-2)
+
     def test_attention_maps_come_beside_the_kernel(self, flash, model):
         pixels = torch.randn(2, 3, 32, 32, dtype=torch.bfloat16)
         kwargs = {"output_attentions": True, "output_prefix_attentions": True}

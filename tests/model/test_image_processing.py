@@ -20,11 +20,23 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import _geometry
 from transformers import BatchFeature
 
-from vitreg_hf.model import image_inputs, image_processing_pil_vitreg, image_processing_vitreg, processor_checks
+from vitreg_hf.model import (
+    image_inputs,
+    image_processing_pil_vitreg,
+    image_processing_vitreg,
+    patch_budget,
+    processor_checks,
+)
 from vitreg_hf.model.image_processing_pil_vitreg import ViTRegImageProcessorPil
 from vitreg_hf.model.image_processing_vitreg import ViTRegImageProcessor
 
-MODULES: list[Any] = [processor_checks, image_inputs, image_processing_pil_vitreg, image_processing_vitreg]
+MODULES: list[Any] = [
+    processor_checks,
+    patch_budget,
+    image_inputs,
+    image_processing_pil_vitreg,
+    image_processing_vitreg,
+]
 PROCESSORS: list[Any] = [ViTRegImageProcessor, ViTRegImageProcessorPil]
 RAW = {"do_resize": False, "do_center_crop": False, "do_rescale": False, "do_normalize": False}
 both = pytest.mark.parametrize("processor_class", PROCESSORS)

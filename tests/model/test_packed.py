@@ -154,10 +154,11 @@ def test_packed_passes_leave_heads_and_later_passes_alone(make_config):
 @pytest.mark.parametrize(
     ("images", "masks", "message"),
     [
-        ([], None, "Expected groups of images and a mask or None for each, got 0, 0"),
+        ([], None, "Expected images, or groups of images, and a mask or None for each, got 0, 0"),
         ([torch.randn(1, 3, 32, 32)], [None, None], "got 1, 2"),
         ([torch.randn(1, 3, 32, 32), torch.randn(1, 3, 30, 32)], None, "got 30 x 32"),
-        ([torch.randn(3, 32, 32)], None, "Expected pixel_values of shape"),
+        ([torch.randn(32, 32)], None, "Expected pixel_values of shape"),
+        ([torch.randn(1, 3, 32, 32), torch.randn(3, 32, 32)], None, r"got shapes \[\(1, 3, 32, 32\), \(3, 32, 32\)\]"),
     ],
 )
 def test_wrong_groups_are_refused(make_config, images, masks, message):

@@ -14,7 +14,9 @@ from vitreg_hf import (
     ViTRegForSemanticSegmentation,
     ViTRegModel,
 )
+from vitreg_hf.model.packing import Packing
 from vitreg_hf.model.position_embedding import RotaryPositions, Rotation, rotated
+from vitreg_hf.model.token_layout import packed
 
 ROTARY = {"position_embedding_type": "rotary"}
 GRID = {**ROTARY, "rope_coordinates": "grid", "rope_theta": 50.0}
@@ -314,10 +316,11 @@ def test_rotations_follow_the_samples_that_stochastic_depth_takes(make_config, m
     config = make_config(num_hidden_layers=1, patch_dropout_rate=0.5, **rates, **ROTARY)
     model, chosen = ViTRegModel(config).train(), torch.tensor([2, 0])
     layer = model.layers[0]
-    monkeypatch.setattr(layer.drop_path, "subset", lambda group: chosen)
+    monkeypatch.setattr(Packing, "_kept_of_groups", lambda packing, rate: [chosen] * len(packing.sizes))
     embedded = [model.embeddings(torch.randn(4, 3, *size)) for size in SIZES]
     groups, rotations = tuple(e.tokens for e in embedded), tuple(e.rotation for e in embedded)
-    got = layer(groups, rotations=rotations)
+    packing = Packing([tuple(group.shape[:2]) for group in groups], groups[0].device, rotations, apart=True)
+    got = packing.by_group(layer(packed(groups), packing=packing))
     for tokens, rotation, group in zip(groups, rotations, got, strict=True):
         for image in range(4):
             own = Rotation(*(part[image : image + 1] for part in rotation))

@@ -13,9 +13,17 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_vitreg import ViTRegConfig
+from .fusing import PARTS, FusedProjections, join_state, split_state
+from .inference import is_plain
+from .packing import Packing
+from .pooled_attention import logits_of, taken_by
 from .position_embedding import Rotation, rotated
 from .recording import RecordedModule
-from .token_layout import TokenLayout, packed, unpacked
+from .token_layout import TokenLayout, packed
+
+# Backends that compute softmax attention, which a few queries may then have in another way; a name that a user
+# registered may mean anything.
+_ATTENTION_OF_TRANSFORMERS = {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"}
 
 
 def attention_probabilities(query: Tensor, key: Tensor, scaling: float, token_mask: Tensor | None = None) -> Tensor:
@@ -30,10 +38,14 @@ def attention_probabilities(query: Tensor, key: Tensor, scaling: float, token_ma
     Returns:
         `(B, h, Q, N)` in the dtype of `query`; softmax runs in float32.
     """
-    logits = torch.matmul(query, key.transpose(2, 3)) * scaling
+    return _softmax(torch.matmul(query, key.transpose(2, 3)) * scaling, token_mask)
+
+
+def _softmax(logits: Tensor, token_mask: Tensor | None) -> Tensor:
+    """Probabilities of logits `(B, h, Q, N)`, in float32 or better until the end; 0 for what `(B, N)` leaves out."""
     if token_mask is not None:
         logits = logits.masked_fill(~token_mask[:, None, None, :], torch.finfo(logits.dtype).min)
-    return F.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
+    return F.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(logits.dtype)
 
 
 def eager_attention_forward(
@@ -63,10 +75,15 @@ def _placed(
     Queries may be those of the first tokens alone.
     """
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    return *_turned(query, key, rotation), value
+
+
+def _turned(query: Tensor, key: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+    """Queries of the first tokens or of all, and keys, `(B, h, N, d)`, at the angles of their tokens."""
     if rotation is None:
-        return query, key, value
+        return query, key
     of_queries = Rotation(*(TokenLayout.first_by_head(part, query.shape[2]) for part in rotation))
-    return rotated(query, of_queries), rotated(key, rotation), value
+    return rotated(query, of_queries), rotated(key, rotation)
 
 
 def _with_one_more(tokens: Tensor, bias: Tensor) -> Tensor:
@@ -107,13 +124,16 @@ class ViTRegAttention(RecordedModule):
         self.q_proj = nn.Linear(width, inner, bias=has_bias(config.query_bias))
         self.k_proj = nn.Linear(width, inner, bias=has_bias(config.key_bias))
         self.v_proj = nn.Linear(width, inner, bias=has_bias(config.value_bias))
+        self.qkv_proj: FusedProjections | None = None  # in the place of these three, if that is asked for
+        self.register_state_dict_post_hook(split_state)
+        self.register_load_state_dict_pre_hook(join_state)
         self.o_proj = nn.Linear(inner, width, bias=config.proj_bias)
         biased, shape = config.attention_bias_kv, (config.num_attention_heads, self.head_dim)
         self.bias_k = nn.Parameter(torch.zeros(shape)) if biased else None  # type: ignore[arg-type]
         self.bias_v = nn.Parameter(torch.zeros(shape)) if biased else None  # type: ignore[arg-type]
-        normed, eps = config.qk_norm, config.layer_norm_eps
-        self.q_norm = nn.LayerNorm(self.head_dim, eps=eps) if normed else nn.Identity()
-        self.k_norm = nn.LayerNorm(self.head_dim, eps=eps) if normed else nn.Identity()
+        self.qk_norm, eps = config.qk_norm, config.layer_norm_eps
+        self.q_norm = nn.LayerNorm(self.head_dim, eps=eps) if self.qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=eps) if self.qk_norm else nn.Identity()
 
     def forward(
         self,
@@ -122,36 +142,36 @@ class ViTRegAttention(RecordedModule):
         token_mask: Tensor | None = None,
         output_attentions: bool = False,
         output_prefix_attentions: bool = False,
-        group_sizes: Sequence[tuple[int, int]] = (),
         rotations: Sequence[Rotation] = (),
         num_queries: int | None = None,
+        packing: Packing | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Attend.
 
         Args:
-            hidden_states: `(B, N, D)`, or `(sum of B_i * N_i, D)` for groups of images, which attend apart.
+            hidden_states: `(B, N, D)`, or `(T, D)` with `packing`.
             attention_mask: padding in the form of the backend, or None.
             token_mask: the same padding as `(B, N)`, for the probabilities.
             output_attentions: return the probabilities of all tokens.
             output_prefix_attentions: return those of CLS and registers.
-            group_sizes: `(B_i, N_i)` of each group; with several, there are neither masks nor probabilities.
-            rotations: of all tokens, one per group; none without rotary positions.
-            num_queries: how many tokens attend, which are the first; None for all. Only for one group, with a mask
+            rotations: of all tokens, one; none without rotary positions.
+            num_queries: how many tokens of each image attend, which are the first; None for all. Only with a mask
                 that is a tensor, and without probabilities.
+            packing: which tokens are of which image. Each attends to those of its own image; there are neither masks
+                nor probabilities, and rotations are those of the packing.
 
         Returns:
-            Output of the shape of `hidden_states`, or `(B, num_queries, D)`; probabilities `(B, h, N, N)` or None,
-            those of the prefix `(B, h, prefix, N)` or None.
+            Output of the shape of `hidden_states`, or of the first `num_queries` tokens; probabilities `(B, h, N, N)`
+            or None, those of the prefix `(B, h, prefix, N)` or None.
         """
+        if packing is not None:
+            return self._packed(hidden_states, packing, num_queries, **kwargs), None, None
         queries = self.layout.first(hidden_states, num_queries)
+        if num_queries is not None and self._can_take_by_weights():
+            taken = self._taken_by_first(queries, hidden_states, token_mask, *rotations)
+            return self.o_proj(taken), None, None
         projected = self._projected(queries, hidden_states)
-        if len(group_sizes) > 1:
-            by_group = zip(*(unpacked(part, group_sizes) for part in projected), strict=True)
-            parts = [_placed(*group, *rotations[i : i + 1]) for i, group in enumerate(by_group)]
-            outputs = [self._attend(query, key, value, None, **kwargs)[0] for query, key, value in parts]
-            return self.o_proj(packed([output.flatten(2) for output in outputs])), None, None
-
         query, key, value = _placed(*projected, *rotations)
         if num_queries is not None and attention_mask is not None:
             attention_mask = self.layout.first_by_head(attention_mask, num_queries)
@@ -166,6 +186,65 @@ class ViTRegAttention(RecordedModule):
             prefix = self._probabilities(self.layout.prefix_queries(query), key, token_mask)
         return output, probabilities, prefix
 
+    def _packed(self, hidden_states: Tensor, packing: Packing, num_queries: int | None, **kwargs: Any) -> Tensor:
+        """Attention within each image of a sequence `(T, D)`: in one call if the backend can, else once per size."""
+        queries, of_queries = packing.first_rows(hidden_states, num_queries), packing.first(num_queries)
+        if num_queries is not None and packing.rotation is None and self._can_take_by_weights():
+            by_size = zip(of_queries.by_group(queries), packing.by_group(hidden_states), strict=True)
+            return self.o_proj(packed([self._taken_by_first(few, tokens, None) for few, tokens in by_size]))
+        query, key, value = self._projected(queries, hidden_states)
+        if packing.rotation is not None:
+            turned = Rotation(*(packing.first_rows(part, num_queries) for part in packing.rotation))
+            query, key = rotated(query, turned), rotated(key, packing.rotation)
+        one_call = None
+        if self.bias_k is None:  # its key would have to stand behind every image
+            one_call = packing.kernel_arguments(self.config._attn_implementation, of_queries)
+        if one_call is not None:
+            mask, arguments = one_call
+            query, key, value = _placed(query[None], key[None], value[None])
+            attended, _ = self._attend(query, key, value, mask, **arguments, **kwargs)
+            return self.o_proj(attended.flatten(0, 1).flatten(1))
+        parts = zip(of_queries.by_group(query), packing.by_group(key), packing.by_group(value), strict=True)
+        outputs = [self._attend(*_placed(*own), None, **kwargs)[0] for own in parts]
+        return self.o_proj(packed([output.flatten(2) for output in outputs]))
+
+    def _can_take_by_weights(self) -> bool:
+        """Whether few queries can do without keys and values of all tokens: with the weights of the projections at
+        hand, and with nothing between them and the softmax that somebody else has put there."""
+        dropout = self.training and self.attention_dropout > 0
+        known = self.config._attn_implementation in _ATTENTION_OF_TRANSFORMERS
+        plain = self.qkv_proj is not None or is_plain(self.k_proj, self.v_proj)
+        return plain and known and self.bias_k is None and not dropout
+
+    def _taken_by_first(
+        self, queries: Tensor, tokens: Tensor, token_mask: Tensor | None, rotation: Rotation | None = None
+    ) -> Tensor:
+        """What the first tokens `(B, Q, D)` take from all `(B, N, D)`, `(B, Q, h * d)`, before the last projection.
+
+        Values of all tokens are not made, nor are keys unless each is normed or turned by itself.
+        """
+        query = self.q_norm(self._by_head(self._part(0, queries))).transpose(1, 2)
+        if rotation is None and not self.qk_norm:
+            logits = logits_of(query, tokens, *self._weights(1))
+        else:
+            key = self.k_norm(self._by_head(self._part(1, tokens))).transpose(1, 2)
+            query, key = _turned(query, key, rotation)
+            logits = query @ key.transpose(2, 3)
+        return taken_by(_softmax(logits * self.scaling, token_mask), tokens, *self._weights(2))
+
+    def _weights(self, part: int) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the projection to queries (0), keys (1) or values (2)."""
+        if self.qkv_proj is not None:
+            return self.qkv_proj.part(part)
+        projection = getattr(self, PARTS[part])
+        return projection.weight, projection.bias
+
+    def _part(self, part: int, tokens: Tensor) -> Tensor:
+        """Queries (0), keys (1) or values (2) alone, `(..., h * d)`."""
+        if self.qkv_proj is not None:
+            return F.linear(tokens, *self.qkv_proj.part(part))
+        return getattr(self, PARTS[part])(tokens)
+
     def _probabilities(self, query: Tensor, key: Tensor, token_mask: Tensor | None) -> Tensor:
         """Attention of some queries `(B, h, Q, d)` onto all tokens, `(B, h, Q, N)`."""
         if self.bias_k is not None:
@@ -179,11 +258,17 @@ class ViTRegAttention(RecordedModule):
 
     def _projected(self, queries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `(..., h, d)` of tokens `(..., D)`, the first two normed if the config says so."""
-        projections = (self.q_proj, queries), (self.k_proj, tokens), (self.v_proj, tokens)
-        # -1: a tensor-parallel rank holds some of the heads
-        query, key, value = (projection(own).unflatten(-1, (-1, self.head_dim)) for projection, own in projections)
+        if self.qkv_proj is not None and queries is tokens:
+            parts: Sequence[Tensor] = self.qkv_proj(tokens).chunk(3, dim=-1)
+        else:
+            parts = [self._part(part, own) for part, own in enumerate((queries, tokens, tokens))]
+        query, key, value = map(self._by_head, parts)
         # Under autocast a norm gives float32, and some backends take one type alone.
         return self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype), value
+
+    def _by_head(self, projected: Tensor) -> Tensor:
+        """View `(..., h, d)` of `(..., h * d)`; of some of the heads in a rank of tensor parallelism."""
+        return projected.unflatten(-1, (-1, self.head_dim))
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any

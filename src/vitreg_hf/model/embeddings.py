@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_vitreg import ViTRegConfig
+from .inference import is_tracing
 from .moved_neurons import initial_tokens
 from .position_embedding import (
     InterpolationRule,
@@ -29,11 +30,6 @@ class Embedded(NamedTuple):
     grid: tuple[int, int] | None  # rows, columns of patches; None where some were left out
     patch_mask: Tensor | None  # (B, P), True for patches with real pixels
     rotation: Rotation | None  # (1 or B, 1, N, d), for the queries and keys of every block; None with a position table
-
-
-def is_tracing() -> bool:
-    """Whether this pass is compiled, exported or traced, so that sizes may be symbols and values are unknown."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 class ViTRegPatchEmbeddings(nn.Module):
@@ -169,7 +165,8 @@ class ViTRegEmbeddings(nn.Module):
     def _check_pixels(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> None:
         channels = self.config.num_channels
         if not isinstance(pixel_values, Tensor):
-            raise ValueError(f"Expected pixel_values as a torch tensor, got {type(pixel_values).__name__}")
+            hint = ": images of many sizes go through forward_packed" if isinstance(pixel_values, list) else ""
+            raise ValueError(f"Expected pixel_values as a torch tensor, got {type(pixel_values).__name__}{hint}")
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
             expected = f"pixel_values of shape (batch, {channels}, height, width)"
             raise ValueError(f"Expected {expected}, got {tuple(pixel_values.shape)}")

@@ -26,6 +26,7 @@ from transformers.image_utils import (
     load_image,
 )
 
+from .patch_budget import PatchBudget
 from .processor_checks import MOST_MAGNITUDE, check_extent, check_file_size
 
 IGNORED_LABEL = 255
@@ -213,12 +214,15 @@ def read_label_map(source: Any) -> Tensor:
 
 
 def resized_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
-    """Height and width after resizing to `size`: a shortest edge (and perhaps a longest), a box, or a fixed size.
+    """Height and width after resizing to `size`: a shortest edge (and perhaps a longest), a box, a fixed size, or a
+    budget of patches.
 
     Raises:
         ValueError: if `size` has none of these, or the image would have no pixels or too many.
     """
-    if size.shortest_edge:
+    if isinstance(size, PatchBudget):
+        resized = size.of(height, width)
+    elif size.shortest_edge:
         resized = get_size_with_aspect_ratio((height, width), size.shortest_edge, size.longest_edge)
     elif size.max_height and size.max_width:
         resized = get_image_size_for_max_height_width((height, width), size.max_height, size.max_width)

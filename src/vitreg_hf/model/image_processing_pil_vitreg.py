@@ -39,6 +39,7 @@ from .image_inputs import (
     resized_size,
     segmentation_scores,
 )
+from .patch_budget import PatchBudget, batch_of_sizes, with_budget
 from .processor_checks import check_one_shape, check_options, check_statistics, pil_filter
 
 
@@ -48,10 +49,18 @@ class ViTRegImageProcessorKwargs(ImagesKwargs, total=False):
         With `do_pad`, the padded height and width are rounded up to a multiple of it; normally the patch size.
     do_reduce_labels (`bool`, *optional*, defaults to `self.do_reduce_labels`):
         Lower every label of the segmentation maps by one; the background 0 becomes 255, which the loss ignores.
+    max_num_patches (`int`, *optional*, defaults to `self.max_num_patches`):
+        Keep the aspect ratio of every image, resized to sides that `patch_size` divides and to at most that many
+        patches; smaller images are not enlarged. In place of `size` and a crop. Images of several sizes are returned
+        as a list, or with `do_pad` padded to one size.
+    patch_size (`int`, *optional*, defaults to `self.patch_size`):
+        With `max_num_patches`, height and width of a patch in pixels: that of the model's config.
     """
 
     size_divisor: int | None
     do_reduce_labels: bool | None
+    max_num_patches: int | None
+    patch_size: int | None
 
 
 def _with_fitting_crop(kwargs: Any) -> dict[str, Any]:
@@ -93,6 +102,8 @@ class ViTRegImageProcessorMixin(BaseImageProcessor):
     do_pad = False
     size_divisor = None
     do_reduce_labels = False
+    max_num_patches = None
+    patch_size = None
 
     def __init__(self, **kwargs: Unpack[ViTRegImageProcessorKwargs]) -> None:
         """Take the options; raises ValueError for those of a wrong type or out of range."""
@@ -100,7 +111,9 @@ class ViTRegImageProcessorMixin(BaseImageProcessor):
         for name in kwargs.keys() - own.keys():
             if hasattr(type(self), name):  # from a file: it would hide a method
                 raise ValueError(f"expected options of {type(self).__name__}, got {name!r}")
-        super().__init__(**_with_fitting_crop(kwargs))
+        super().__init__(**_with_fitting_crop(with_budget(kwargs)))
+        if self.max_num_patches is not None:
+            self.size = None  # not the default one, also in the file
         check_options({name: getattr(self, name, None) for name in own})
 
     @classmethod
@@ -137,11 +150,14 @@ class ViTRegImageProcessorMixin(BaseImageProcessor):
         Returns:
             `pixel_values` (batch, C, H, W) float32; with `do_pad` also `pixel_mask` (batch, H, W) int64, 1 on the
             image and 0 on padding; with `segmentation_maps` also `labels` (batch, H, W) int64, 255 outside the image.
+            With `max_num_patches` and without `do_pad`, images that differ in size are a list of `(C, H, W)`, and so
+            are their `labels`.
 
         Raises:
             ValueError: if an image cannot be read, or options, channel counts or sizes do not fit.
         """
-        return super().preprocess(images, segmentation_maps, **kwargs)
+        options = with_budget({"max_num_patches": self.max_num_patches, **kwargs})
+        return super().preprocess(images, segmentation_maps, **options)
 
     def post_process_semantic_segmentation(
         self,
@@ -188,6 +204,12 @@ class ViTRegImageProcessorMixin(BaseImageProcessor):
             raise ValueError("expected at least one image, got none")
         return flat
 
+    def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # passed on by name
+        options = super()._standardize_kwargs(**kwargs)
+        if options.get("max_num_patches") is not None:
+            options["size"] = PatchBudget(**{name: options[name] for name in ("max_num_patches", "patch_size")})
+        return options
+
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:  # type: ignore[override]  # passed on by name
         super()._validate_preprocess_kwargs(**kwargs)
         check_options(kwargs)
@@ -222,9 +244,9 @@ class ViTRegImageProcessorMixin(BaseImageProcessor):
             self._pad_batch(data, pad_size, size_divisor, kwargs["disable_grouping"])
         if labels is not None:
             data["labels"] = [like(pixels[0], one) for one in data["labels"]]
-        if return_tensors is not None:
+        if return_tensors is not None and not isinstance(kwargs["size"], PatchBudget):
             check_one_shape(data["pixel_values"])
-        return BatchFeature(dict(data), tensor_type=return_tensors)
+        return batch_of_sizes(dict(data), return_tensors)
 
     def _read_label_maps(self, segmentation_maps: Any, images: Sequence[Any]) -> list[Tensor]:
         """One int64 map `(H, W)` per image `(C, H, W)`; raises ValueError where number or size differ."""

@@ -4,7 +4,7 @@
 Shapes: B images, N tokens, D channels of the residual stream.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,16 +15,20 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import ViTRegAttention
 from .configuration_vitreg import ViTRegConfig
+from .inference import may_overwrite
 from .moved_neurons import MovedNeurons, neurons_of
+from .packing import Packing
 from .position_embedding import Rotation
 from .recording import RecordedModule
-from .token_layout import packed, unpacked
 
-GroupSizes = list[tuple[int, int]]  # images and tokens of each
-# Of the tokens of all groups, their sizes, and the samples that each group was reduced to.
-Branch = Callable[[Tensor, GroupSizes, list[Tensor | None]], Tensor]
+# Of tokens, and of the samples that they were reduced to.
+Branch = Callable[[Tensor, Tensor | None], Tensor]
+PackedBranch = Callable[[Tensor, Packing], Tensor]
 
 # MLP
+
+# Activations that PyTorch computes in place, by their approximation.
+_GELU = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
 
 
 class ViTRegFeedForward(nn.Module):
@@ -37,11 +41,11 @@ class ViTRegFeedForward(nn.Module):
         self.register_neurons = MovedNeurons(config, layer) if neurons_of(config, layer)[0] else None
 
     def forward(
-        self, hidden_states: Tensor, group_sizes: GroupSizes | None = None, token_mask: Tensor | None = None
+        self, hidden_states: Tensor, group_sizes: Sequence[tuple[int, int]] = (), token_mask: Tensor | None = None
     ) -> Tensor:
         activations = self.neurons(hidden_states)
         if self.register_neurons is not None:
-            activations = self.register_neurons(activations, group_sizes or (), token_mask)
+            activations = self.register_neurons(activations, group_sizes, token_mask)
         return self.down_proj(activations)
 
     def neurons(self, hidden_states: Tensor) -> Tensor:
@@ -57,10 +61,14 @@ class ViTRegMLP(ViTRegFeedForward):
         inner = cast(int, config.intermediate_size)
         self.up_proj = nn.Linear(config.hidden_size, inner, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
+        self.gelu = _GELU.get(config.hidden_act)
         self.down_proj = nn.Linear(inner, config.hidden_size, bias=config.mlp_bias)
 
     def neurons(self, hidden_states: Tensor) -> Tensor:
-        return self.act_fn(self.up_proj(hidden_states))
+        projected = self.up_proj(hidden_states)
+        if self.gelu is not None and may_overwrite(projected, self.up_proj, self.act_fn):
+            return torch.ops.aten.gelu_(projected, approximate=self.gelu)
+        return self.act_fn(projected)
 
 
 class ViTRegSwiGLU(ViTRegFeedForward):
@@ -74,7 +82,10 @@ class ViTRegSwiGLU(ViTRegFeedForward):
         self.down_proj = nn.Linear(inner, config.hidden_size, bias=config.mlp_bias)
 
     def neurons(self, hidden_states: Tensor) -> Tensor:
-        return F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        gate, projected = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        if may_overwrite(gate, self.gate_proj):
+            return F.silu(gate, inplace=True).mul_(projected)
+        return F.silu(gate) * projected
 
 
 # Layer
@@ -114,6 +125,14 @@ class ViTRegDropPath(nn.Module):
         shape = (branch.shape[0],) + (1,) * (branch.ndim - 1)
         return branch * branch.new_empty(shape).bernoulli_(keep).div_(keep)
 
+    def by_image(self, branch: Tensor, packing: Packing) -> Tensor:
+        """The same for tokens `(T, D)` of images of several sizes: all tokens of an image are dropped together."""
+        if not self.training or self.rate == 0.0:
+            return branch
+        keep = 1.0 - self.rate
+        factors = branch.new_empty(len(packing.lengths), 1).bernoulli_(keep).div_(keep)
+        return branch * factors.index_select(0, packing.image_of_token)
+
     def takes_subsets(self) -> bool:
         """Whether samples are chosen before the branch is computed."""
         return self.training and self.rate > 0.0 and self.kind == "subset"
@@ -144,58 +163,78 @@ class ViTRegLayer(RecordedModule, GradientCheckpointingLayer):
         self.drop_path = ViTRegDropPath(drop_path_rate, config.drop_path_kind)
 
     def forward(
-        self, hidden_states: Tensor | tuple[Tensor, ...], attention_mask: Any = None, **kwargs: Any
-    ) -> Tensor | tuple[Tensor, ...]:
+        self, hidden_states: Tensor, attention_mask: Any = None, packing: Packing | None = None, **kwargs: Any
+    ) -> Tensor:
         """One block.
 
         Args:
-            hidden_states: `(B, N, D)`, or a tuple of groups `(B_i, N_i, D)`, which attend apart and share all the
-                rest; several groups have no mask, and no attention is recorded.
+            hidden_states: `(B, N, D)`, or with `packing` `(T, D)`.
             attention_mask: padding in the form of the backend, or None.
+            packing: which tokens are of which image, for images of several sizes; they attend apart and share all the
+                rest, have no mask, and no attention is recorded.
             kwargs: those of `ViTRegAttention.forward`.
 
         Returns:
-            What came, transformed; of one group the first `num_queries` tokens, if that is given. Without register
+            What came, transformed; the first `num_queries` tokens of each image, if that is given. Without register
             neurons only, which read all.
         """
-        groups = hidden_states if isinstance(hidden_states, tuple) else (hidden_states,)
+        if packing is not None:
+            return self._packed(hidden_states, packing, **kwargs)
         subsets = self.drop_path.takes_subsets() and _can_choose(attention_mask, kwargs)
 
-        def attend(tokens: Tensor, sizes: GroupSizes, chosen: list[Tensor | None]) -> Tensor:
-            mask, token_mask = _chosen(attention_mask, chosen[0]), _chosen(kwargs.get("token_mask"), chosen[0])
-            rotations = [  # empty without rotary positions, else one per group
-                Rotation(_chosen(rotation.cos, own), _chosen(rotation.sin, own))
-                for rotation, own in zip(kwargs.get("rotations", ()), chosen, strict=False)
+        def attend(tokens: Tensor, chosen: Tensor | None) -> Tensor:
+            mask, token_mask = _chosen(attention_mask, chosen), _chosen(kwargs.get("token_mask"), chosen)
+            rotations = [  # empty without rotary positions, else one
+                Rotation(*(_chosen(part, chosen) for part in rotation)) for rotation in kwargs.get("rotations", ())
             ]
-            arguments = {**kwargs, "token_mask": token_mask, "group_sizes": sizes, "rotations": rotations}
+            arguments = {**kwargs, "token_mask": token_mask, "rotations": rotations}
             attended, *_ = self.attention(self.norm1(tokens), mask, **arguments)
             return self.layer_scale1(self.dropout(attended))
 
-        def transform(tokens: Tensor, sizes: GroupSizes, chosen: list[Tensor | None]) -> Tensor:
-            token_mask = _chosen(kwargs.get("token_mask"), chosen[0])
-            return self.layer_scale2(self.dropout(self.mlp(self.norm2(tokens), sizes, token_mask)))
+        def transform(tokens: Tensor, chosen: Tensor | None) -> Tensor:
+            token_mask = _chosen(kwargs.get("token_mask"), chosen)
+            return self.layer_scale2(self.dropout(self.mlp(self.norm2(tokens), token_mask=token_mask)))
 
         for branch in (attend, transform):
-            groups = self._residual(groups, branch, subsets, kwargs.get("num_queries"))
-        return groups if isinstance(hidden_states, tuple) else groups[0]
+            hidden_states = self._residual(hidden_states, branch, subsets, kwargs.get("num_queries"))
+        return hidden_states
 
-    def _residual(
-        self, groups: tuple[Tensor, ...], branch: Branch, subsets: bool, num_queries: int | None
-    ) -> tuple[Tensor, ...]:
-        """Add a branch to every group; it runs once, on the tokens of all groups."""
-        chosen = [self.drop_path.subset(group) if subsets else None for group in groups]
-        taken = [_chosen(group, indices) for group, indices in zip(groups, chosen, strict=True)]
-        sizes = [(group.shape[0], group.shape[1]) for group in taken]
-        branches = unpacked(branch(packed(taken), sizes, chosen), sizes)
-        wanted = [self.attention.layout.first(group, num_queries) for group in groups]
-        added = zip(wanted, branches, chosen, strict=True)
-        return tuple(self._added(group, own, indices, subsets) for group, own, indices in added)
-
-    def _added(self, group: Tensor, branch: Tensor, chosen: Tensor | None, subsets: bool) -> Tensor:
+    def _residual(self, tokens: Tensor, branch: Branch, subsets: bool, num_queries: int | None) -> Tensor:
+        """Add a branch, of some samples alone if they are chosen before it is computed."""
+        chosen = self.drop_path.subset(tokens) if subsets else None
+        added = branch(_chosen(tokens, chosen), chosen)
+        wanted = self.attention.layout.first(tokens, num_queries)
         if chosen is None:
-            return group + (branch if subsets else self.drop_path(branch))
-        factor = group.shape[0] / branch.shape[0]  # not 1 / (1 - rate): the number of samples was rounded
-        return group.index_add(0, chosen, branch.to(group.dtype), alpha=factor)
+            return wanted + (added if subsets else self.drop_path(added))
+        factor = tokens.shape[0] / added.shape[0]  # not 1 / (1 - rate): the number of samples was rounded
+        return wanted.index_add(0, chosen, added.to(tokens.dtype), alpha=factor)
+
+    def _packed(self, tokens: Tensor, packing: Packing, num_queries: int | None = None, **kwargs: Any) -> Tensor:
+        """The same block on tokens `(T, D)` of images of several sizes."""
+
+        def attend(taken: Tensor, own: Packing) -> Tensor:
+            attended, *_ = self.attention(self.norm1(taken), packing=own, num_queries=num_queries, **kwargs)
+            return self.layer_scale1(self.dropout(attended))
+
+        def transform(taken: Tensor, own: Packing) -> Tensor:
+            return self.layer_scale2(self.dropout(self.mlp(self.norm2(taken), own.sizes)))
+
+        if num_queries is None and self.drop_path.takes_subsets():
+            for branch in (attend, transform):
+                tokens = self._packed_subset(tokens, packing, branch)
+            return tokens
+        wanted = packing.first(num_queries)
+        attended = self.drop_path.by_image(attend(tokens, packing), wanted)
+        tokens = packing.first_rows(tokens, num_queries) + attended
+        return tokens + self.drop_path.by_image(transform(tokens, wanted), wanted)
+
+    def _packed_subset(self, tokens: Tensor, packing: Packing, branch: PackedBranch) -> Tensor:
+        """Add a branch of some images alone."""
+        subset = packing.subset(self.drop_path.rate)
+        if subset is None:
+            return tokens + branch(tokens, packing)
+        added = branch(tokens.index_select(0, subset.rows), subset.packing) * subset.factors
+        return tokens.index_add(0, subset.rows, added.to(tokens.dtype))
 
 
 def _can_choose(attention_mask: Any, kwargs: dict[str, Any]) -> bool:

@@ -32,6 +32,7 @@ from .attention import ViTRegAttention
 from .checkpoint_checks import check_checkpoint
 from .configuration_vitreg import ViTRegConfig
 from .embeddings import Embedded, ViTRegEmbeddings
+from .fusing import FusingMixin
 from .layers import ViTRegLayer, ViTRegLayerScale
 from .outputs import (
     ViTRegBackboneOutput,
@@ -41,6 +42,7 @@ from .outputs import (
     ViTRegSemanticSegmenterOutput,
     passed_on,
 )
+from .packed_model import PackedClassifierMixin, PackedModelMixin
 from .position_embedding import Rotation
 from .recording import RecordingMixin, aligned, selected
 from .token_layout import TokenLayout
@@ -65,7 +67,7 @@ class ViTRegKwargs(TransformersKwargs, total=False):
 _HEAD_KEYS = {name: rf"^{name}\." for name in ("classifier", "decoder", "decode_head", "batch_norm")}
 
 
-class ViTRegPreTrainedModel(PreTrainedModel):
+class ViTRegPreTrainedModel(FusingMixin, PreTrainedModel):
     """What all models of the family share: initial weights, and what Transformers needs to know about them."""
 
     config: ViTRegConfig
@@ -208,7 +210,7 @@ class ViTRegPreTrainedModel(PreTrainedModel):
             raise ValueError(f"Expected patch_dropout_rate=0 to train {reader}, which reads every patch, got {rate}")
 
 
-class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
+class ViTRegModel(PackedModelMixin, RecordingMixin, ViTRegPreTrainedModel):
     """The backbone without a head."""
 
     def __init__(self, config: ViTRegConfig, use_mask_token: bool = False) -> None:
@@ -245,8 +247,9 @@ class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
             output_hidden_states: return `hidden_states`, embeddings and every block's output, before the final norm.
             output_prefix_attentions: return `prefix_attentions`, for all layers or for those listed.
             output_tokens: False computes of the last layer what the pooling of the config reads, unless hidden states
-                or attention are asked for: with pooling `cls` keys and values of all tokens, all else of CLS alone.
-                Outputs are equal; tokens that were not computed are None, `last_hidden_state` among them.
+                or attention are asked for: with pooling `cls` that of CLS alone, which takes from the other tokens
+                through the weights (see `pooled_attention.py`). Outputs are equal; tokens that were not computed are
+                None, `last_hidden_state` among them.
 
         Returns:
             `ViTRegModelOutput`.
@@ -280,41 +283,6 @@ class ViTRegModel(RecordingMixin, ViTRegPreTrainedModel):
             prefix_attentions=aligned(encoded.get("prefix_attentions"), prefix_layers, len(self.layers)),
             patch_mask=patch_mask,
             **self._by_name(tokens, embedded.grid, num_tokens),
-        )
-
-    def forward_packed(
-        self, images: Sequence[Tensor], bool_masked_pos: Sequence[Tensor | None] | None = None
-    ) -> tuple[ViTRegModelOutput, ...]:
-        """Run the backbone on crops of several resolutions at once, as self-supervision needs it.
-
-        Norms, projections and MLPs run once on the tokens of all groups; attention runs per group, without padding or
-        masks. Equal to `forward` of each group by itself. Hidden states and attention are not recorded here, whatever
-        the config says. Gradient checkpointing must not be reentrant, which is the default of Transformers.
-
-        Under DDP and FSDP only `forward` of the wrapped module is prepared: call this from the `forward` of a module
-        around the model, and wrap that.
-
-        Args:
-            images: groups `(B_i, C, H_i, W_i)`, each with images of one size.
-            bool_masked_pos: for each group `(B_i, P_i)`, True where a patch is replaced by the mask token, or None.
-
-        Returns:
-            One `ViTRegModelOutput` per group.
-
-        Raises:
-            ValueError: if there is no group, masks are not one per group, or an input does not fit the config.
-        """
-        masks = [None] * len(images) if bool_masked_pos is None else bool_masked_pos
-        if len(images) == 0 or len(masks) != len(images):
-            raise ValueError(f"Expected groups of images and a mask or None for each, got {len(images)}, {len(masks)}")
-        embedded = [self.embeddings(group, bool_masked_pos=mask) for group, mask in zip(images, masks, strict=True)]
-        groups, rotations = tuple(group.tokens for group in embedded), _rotations(embedded)
-        for layer in self.layers:
-            groups = layer(groups, rotations=rotations)
-        normed = [self.normed(group) for group in groups]
-        return tuple(
-            ViTRegModelOutput(pooler_output=self._pooled(tokens, None), **self._by_name(tokens, own.grid))
-            for tokens, own in zip(normed, embedded, strict=True)
         )
 
     def normed(self, tokens: Tensor) -> Tensor:
@@ -472,7 +440,7 @@ def mean_of_patches(patches: Tensor, patch_mask: Tensor | None) -> Tensor:
 # Heads
 
 
-class ViTRegForImageClassification(ViTRegPreTrainedModel):
+class ViTRegForImageClassification(PackedClassifierMixin, ViTRegPreTrainedModel):
     """Linear classifier (one label, several labels, or regression, as Transformers decides) on pooled tokens."""
 
     def __init__(self, config: ViTRegConfig) -> None:
@@ -486,7 +454,7 @@ class ViTRegForImageClassification(ViTRegPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: Tensor | None = None,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
         labels: Tensor | None = None,
         pixel_mask: Tensor | None = None,
         **kwargs: Unpack[ViTRegKwargs],
@@ -494,14 +462,18 @@ class ViTRegForImageClassification(ViTRegPreTrainedModel):
         """Classify images.
 
         Args:
-            pixel_values, pixel_mask: as in `ViTRegModel.forward`.
+            pixel_values, pixel_mask: as in `ViTRegModel.forward`. Or a list of images `(C, H, W)` of many sizes, which
+                are classified together without padding (see `ViTRegModel.forward_packed`); attention and states are
+                not recorded then, and of the tokens there are CLS and registers.
             labels: class indices `(B,)`, or one number per label `(B, labels)` for several labels or for regression.
 
         Returns:
             `ViTRegImageClassifierOutput` with `logits` `(B, labels)`.
         """
+        if isinstance(pixel_values, list | tuple):
+            return self._classify_packed(pixel_values, labels, pixel_mask, **kwargs)
         classify = self._classify if self.config.num_classifier_layers == 1 else self._classify_by_layers
-        return classify(pixel_values, labels, pixel_mask, **kwargs)
+        return classify(cast(Tensor | None, pixel_values), labels, pixel_mask, **kwargs)
 
     def _classify(
         self, pixel_values: Tensor | None, labels: Tensor | None, pixel_mask: Tensor | None, **kwargs: Any

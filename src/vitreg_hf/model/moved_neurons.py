@@ -45,13 +45,13 @@ class MovedNeurons:
         Args:
             activations: `(B, N, F)`, after the activation function (of SwiGLU the product with the gate), or those of
                 several groups of images behind one another, `(sum of B_i * N_i, F)`.
-            group_sizes: `(B_i, N_i)` of each group.
+            group_sizes: `(B_i, N_i)` of each group; empty for a batch of images of one size.
             token_mask: `(B, N)`, True for tokens that take part; of padding no maximum is taken.
 
         Returns:
             The same, with those of register neurons moved.
         """
-        if len(group_sizes) > 1:
+        if group_sizes:
             return packed([self._moved(group, None) for group in unpacked(activations, group_sizes)])
         return self._moved(activations, token_mask)
 

@@ -36,7 +36,10 @@ def check_options(options: Mapping[str, Any]) -> None:
             check_extent(name, height, width)
         elif name == "crop_size" and options.get("do_center_crop"):
             raise ValueError(f"expected crop_size with height and width, got {_shown(options.get(name))}")
-    _check_divisor(options.get("size_divisor"))
+    for name in ("size_divisor", "max_num_patches", "patch_size"):
+        _check_positive(name, options.get(name))
+    if options.get("max_num_patches") is not None and options.get("patch_size") is None:
+        raise ValueError("expected patch_size, that of the model's config, with max_num_patches, got None")
     _check_numbers("rescale_factor", options.get("rescale_factor"), _LEAST)
     _check_numbers("image_std", options.get("image_std"), _LEAST)
     _check_numbers("image_mean", options.get("image_mean"), -_MOST)
@@ -44,10 +47,10 @@ def check_options(options: Mapping[str, Any]) -> None:
         pil_filter(options["resample"])
 
 
-def _check_divisor(divisor: Any) -> None:
-    whole = isinstance(divisor, int) and not isinstance(divisor, bool) and 1 <= divisor <= MOST_PIXELS
-    if divisor is not None and not whole:
-        raise ValueError(f"expected a positive size_divisor, got {_shown(divisor)}")
+def _check_positive(name: str, number: Any) -> None:
+    whole = isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= MOST_PIXELS
+    if number is not None and not whole:
+        raise ValueError(f"expected a positive {name}, got {_shown(number)}")
 
 
 def _check_numbers(name: str, values: Any, least: float) -> None:

@@ -190,13 +190,12 @@ class TokenLayout:
 
 
 def packed(groups: Sequence[Tensor]) -> Tensor:
-    """All tokens of groups `(B_i, N_i, D)` behind one another, `(sum of B_i * N_i, D)`; one group stays as it is."""
-    return groups[0] if len(groups) == 1 else torch.cat([group.flatten(0, 1) for group in groups])
+    """All tokens of groups `(B_i, N_i, D)` behind one another, `(sum of B_i * N_i, D)`."""
+    rows = [group.flatten(0, 1) for group in groups]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def unpacked(tokens: Tensor, sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
-    """Undo `packed`: groups `(B_i, N_i, D)` from all tokens, given `(B_i, N_i)` of each; D may have changed."""
-    if len(sizes) == 1:
-        return (tokens,)
+    """Undo `packed`: views `(B_i, N_i, ...)` of all tokens `(T, ...)`, given `(B_i, N_i)` of each."""
     parts = tokens.split([images * count for images, count in sizes])
     return tuple(part.unflatten(0, size) for part, size in zip(parts, sizes, strict=True))

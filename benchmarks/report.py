@@ -1,0 +1,197 @@
+# Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
+"""Table and picture of all measured speeds, from `benchmarks/results`: `docs/benchmarks.md`, and the README's table.
+
+    python benchmarks/report.py
+
+Nothing is measured here. Of several peers the fastest is shown, which is the one with the lowest ratio. A goal that is
+not reached is marked as such.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from side_by_side import RESULTS
+
+from vitreg_hf.analysis.figures.canvas import new_figure, save
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN = "<!-- from here on rendered by benchmarks/report.py -->"
+END = "<!-- to here -->"
+Row = Mapping[str, Any]
+
+
+class Comparison(NamedTuple):
+    """One measured ratio."""
+
+    group: str
+    setting: str
+    peer: str
+    ratio: Mapping[str, float]  # median, low and high quartile
+    goal: float
+    row: Row
+
+    @property
+    def reached(self) -> bool:
+        """Whether the median is at the goal or above."""
+        return self.ratio["median"] >= self.goal
+
+
+class Benchmark(NamedTuple):
+    """A file of results, and how its rows are told."""
+
+    file: str
+    group: str
+    goal: Callable[[Row], float]
+    setting: Callable[[Row], str]
+    peers: Sequence[str]
+
+    def comparisons(self) -> Iterator[Comparison]:
+        """Every row against its fastest peer, if the file is there."""
+        path = RESULTS / self.file
+        for row in json.loads(path.read_text())["rows"] if path.exists() else []:
+            ratios = {name: ratio for name, ratio in row["speedup_over"].items() if name in self.peers}
+            if ratios:
+                fastest = min(ratios, key=lambda name: ratios[name]["median"])
+                yield Comparison(self.group, self.setting(row), fastest, ratios[fastest], self.goal(row), row)
+
+
+def of_network(row: Row) -> str:
+    """Family and size of a row, and how it was run."""
+    compiled = ", compiled" if row["compile"] else ""
+    family = {"dinov2": "DINOv2", "dinov3": "DINOv3"}[row.get("family", "dinov2")]
+    return f"{family}-{row['size'][0].upper()}{compiled}, batch {row['batch_size']}"
+
+
+DROP_PATHS = {"none": "0", "linear": "0 to 0.3", "uniform": "0.3"}
+TRAINING_GOALS = {"none": 1.0, "linear": 1.1, "uniform": 1.25}
+BENCHMARKS = (
+    Benchmark("pooled_features.json", "One pooled feature", lambda row: 1.1, of_network, ("transformers", "timm")),
+    Benchmark(
+        "training_step.json",
+        "A step of training",
+        lambda row: TRAINING_GOALS[row["schedule"]],
+        lambda row: (
+            f"{of_network(row)}, drop path {'none' if row['schedule'] == 'none' else '0.3 ' + row['schedule']}"
+        ),
+        ("transformers", "timm"),
+    ),
+)
+
+
+def main() -> None:
+    """Draw the picture, write the page, and put the table into the README."""
+    found = [one for benchmark in BENCHMARKS for one in benchmark.comparisons()]
+    picture(found, ROOT / "docs" / "benchmarks.png")
+    replace_between(ROOT / "docs" / "benchmarks.md", page(found))
+    replace_between(ROOT / "README.md", summary(found))
+    missed = [one for one in found if not one.reached]
+    print(f"{len(found)} comparisons, {len(missed)} below their goal")
+    for one in missed:
+        print(f"  {one.group}, {one.setting}: {one.ratio['median']:.2f}, goal {one.goal:g}")
+
+
+# Text
+
+
+def page(found: Sequence[Comparison]) -> str:
+    """Every comparison, as a table for each group, and the machines."""
+    lines: list[str] = []
+    for group in dict.fromkeys(one.group for one in found):
+        lines += [
+            "",
+            f"### {group}",
+            "",
+            "| setting | fastest peer | its time / ours | goal | |",
+            "|---|---|---|---|---|",
+        ]
+        for one in (one for one in found if one.group == group):
+            reached = "" if one.reached else "missed"
+            lines.append(f"| {one.setting} | {one.peer} | {told(one.ratio)} | {one.goal:g} | {reached} |")
+    return "\n".join([*lines[1:], "", *machines(found)])
+
+
+def machines(found: Sequence[Comparison]) -> list[str]:
+    """What the numbers come from, each machine once."""
+    return ["### Machines", "", *(f"- {one}" for one in dict.fromkeys(described(one.row["machine"]) for one in found))]
+
+
+def described(machine: Row) -> str:
+    """A machine and its versions in one line; its rates, which differ by the minute, are in the results."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} used; {versions}"
+
+
+def summary(found: Sequence[Comparison]) -> str:
+    """One line for each group: the range of medians, and how many goals were reached."""
+    lines = ["| what | fastest peer's time / ours, medians | goals reached |", "|---|---|---|"]
+    for group in dict.fromkeys(one.group for one in found):
+        own = [one for one in found if one.group == group]
+        medians = sorted(one.ratio["median"] for one in own)
+        span = f"{medians[0]:.2f}" if len(own) == 1 else f"{medians[0]:.2f} to {medians[-1]:.2f}"
+        lines.append(f"| {group} | {span} | {sum(one.reached for one in own)} of {len(own)} |")
+    return "\n".join(lines)
+
+
+def told(ratio: Mapping[str, float]) -> str:
+    """A median with its quartiles."""
+    return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+
+
+def replace_between(path: Path, text: str) -> None:
+    """Put a text between the two marks of a page.
+
+    Raises:
+        ValueError: if the page has no such marks.
+    """
+    page = path.read_text()
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"Expected the lines {BEGIN} and {END} in {path}, got a page without")
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    os.replace(unfinished, path)
+
+
+# Picture
+
+
+def picture(found: Sequence[Comparison], path: Path) -> None:
+    """Every ratio as a dot with its quartiles, its goal as a line; on a logarithmic axis, where 1 is as fast as we."""
+    figure = new_figure(9, 1.6 + 0.24 * len(found) + 0.3 * len({one.group for one in found}))
+    axes = figure.add_subplot()
+    places, labels, place = [], [], 0.0
+    for index, one in enumerate(found):
+        if index and one.group != found[index - 1].group:
+            place += 1.2
+        elif index:
+            place += 1
+        if not index or one.group != found[index - 1].group:
+            axes.text(0.01, place - 0.62, one.group, transform=axes.get_yaxis_transform(), weight="bold", va="center")
+            place += 0.2
+        colour = "tab:blue" if one.reached else "tab:red"
+        ratio = one.ratio
+        axes.plot([ratio["low"], ratio["high"]], [place, place], color=colour, linewidth=2.5, alpha=0.4)
+        axes.plot(ratio["median"], place, "o", color=colour, markersize=5)
+        axes.plot([one.goal, one.goal], [place - 0.35, place + 0.35], color="black", linewidth=1)
+        places.append(place)
+        labels.append(f"{one.setting}  ({one.peer})")
+    axes.set_xscale("log")
+    axes.axvline(1, color="grey", linewidth=0.8, linestyle=":")
+    axes.set_yticks(places, labels, fontsize=8)
+    axes.set_ylim(place + 0.8, -1.1)
+    ticks = [
+        tick for tick in (0.8, 1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16) if tick < 1.2 * max(o.ratio["high"] for o in found)
+    ]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("time of the fastest peer / ours: right of 1 we are ahead")
+    axes.set_title("dot: median of paired runs; bar: quartiles; black line: goal; red: goal missed", fontsize=10)
+    save(figure, path)
+
+
+if __name__ == "__main__":
+    main()

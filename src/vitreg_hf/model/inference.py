@@ -1,0 +1,30 @@
+# Copyright 2026 The vitreg_hf authors. Licensed under the Apache License, Version 2.0.
+"""What a pass may do that is watched by nobody: no gradient, no compiler, no hook."""
+
+import torch
+from torch import Tensor, nn
+
+
+def is_tracing() -> bool:
+    """Whether this pass is compiled, exported or traced, so that sizes may be symbols and values are unknown."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def is_watched(*modules: nn.Module) -> bool:
+    """Whether somebody sees what goes into these modules or comes out of them, or has put something in their place."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)  # Accelerate replaces it
+        for module in modules
+    )
+
+
+def is_plain(*projections: nn.Module) -> bool:
+    """Whether projections are no more than their weights: not watched, quantised, sharded or adapted."""
+    exact = all(type(one) is nn.Linear and type(one.weight) is nn.Parameter for one in projections)
+    return exact and not is_watched(*projections)
+
+
+def may_overwrite(values: Tensor, *modules: nn.Module) -> bool:
+    """Whether values that these modules have just made may be written over, which on CPUs saves more than the pass:
+    memory of this size is asked of the system anew each time, which fills it with zeros first."""
+    return not (values.requires_grad or is_tracing() or is_watched(*modules))

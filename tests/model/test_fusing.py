@@ -1,0 +1,145 @@
+"""One product for queries, keys and values, and LayerScale in projections: outputs and files stay what they were."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from vitreg_hf import ViTRegForImageClassification, ViTRegModel
+
+BLOCKS = [
+    {},
+    {"qkv_bias": False},
+    {"key_bias": False, "position_embedding_type": "rotary"},  # as in DINOv3: a bias of some
+    {"qk_norm": True},
+    {"attention_bias_kv": True},
+    {"use_swiglu_ffn": True, "layerscale_value": 0.5},
+]
+
+
+def changed(model):
+    """A model whose every parameter counts: biases start at zero."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.mark.parametrize("fields", BLOCKS, ids=str)
+@torch.no_grad()
+def test_fused_projections_give_the_same_outputs(make_config, fields):
+    model = changed(ViTRegModel(make_config(**fields)))
+    fused = copy.deepcopy(model)
+    fused.fuse_qkv_projections()
+    fused.fuse_qkv_projections()  # nothing is left to do
+    assert not any(isinstance(m, nn.Linear) and "q_proj" in name for name, m in fused.named_modules())
+    pixels = torch.randn(2, 3, 32, 48)
+    for asked in ({}, {"output_tokens": False}, {"output_attentions": True}):
+        whole, got = model(pixels, **asked), fused(pixels, **asked)
+        torch.testing.assert_close(got.to_tuple(), whole.to_tuple(), atol=1e-5, rtol=1e-5)
+    fused.unfuse_qkv_projections()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, fused.get_parameter(name))
+
+
+@pytest.mark.parametrize("fields", BLOCKS, ids=str)
+@torch.no_grad()
+def test_a_fused_model_is_saved_and_loaded_as_three_projections(make_config, fields, tmp_path):
+    model = changed(ViTRegModel(make_config(**fields)))
+    fused = copy.deepcopy(model)
+    fused.fuse_qkv_projections()
+    fused.save_pretrained(tmp_path)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert names == model.state_dict().keys() == fused.state_dict().keys()
+    loaded = ViTRegModel.from_pretrained(tmp_path)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, loaded.get_parameter(name))
+
+    other = changed(ViTRegModel(make_config(**fields)))
+    fused.load_state_dict(other.state_dict())
+    pixels = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(fused(pixels).pooler_output, other(pixels).pooler_output, atol=1e-5, rtol=1e-5)
+
+
+def test_a_state_that_lacks_a_part_is_reported(make_config):
+    model = ViTRegModel(make_config())
+    state = model.state_dict()
+    del state["layers.0.attention.k_proj.weight"]
+    model.fuse_qkv_projections()
+    with pytest.raises(RuntimeError, match=r"qkv_proj\.weight"):
+        model.load_state_dict(state)
+
+
+def test_gradients_of_fused_projections(make_config):
+    model = changed(ViTRegForImageClassification(make_config(drop_path_rate=0.3, drop_path_kind="subset"))).train()
+    fused = copy.deepcopy(model)
+    fused.fuse_qkv_projections()
+    pixels, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    for network in (model, fused):
+        torch.manual_seed(0)
+        network(pixels, labels=labels).loss.backward()
+    for own, joined in zip(model.vitreg.layers, fused.vitreg.layers, strict=True):
+        separate = [getattr(own.attention, name).weight.grad for name in ("q_proj", "k_proj", "v_proj")]
+        torch.testing.assert_close(joined.attention.qkv_proj.weight.grad, torch.cat(separate), atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_fused_projections_compile_for_any_size(make_config):
+    torch.compiler.reset()
+    model = changed(ViTRegForImageClassification(make_config(num_hidden_layers=2)))
+    model.fuse_qkv_projections()
+    model.fold_layer_scale()
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counting)
+    for size in [(2, 3, 48, 24), (4, 3, 24, 56), (5, 3, 72, 40)]:
+        pixels = torch.randn(*size)
+        got, expected = compiled(pixels, output_tokens=False).logits, model(pixels).logits
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert len(graphs) == 1
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("fields", [{}, {"proj_bias": False, "mlp_bias": False}, {"use_swiglu_ffn": True}], ids=str)
+@torch.no_grad()
+def test_folded_layer_scale_is_another_model_with_the_same_outputs(make_config, fields, tmp_path):
+    model = changed(ViTRegForImageClassification(make_config(layerscale_value=0.5, **fields)))
+    pixels = torch.randn(2, 3, 32, 48)
+    expected = model(pixels, output_hidden_states=True)
+    model.fold_layer_scale()
+    model.fold_layer_scale()
+    assert model.config.layerscale_value is None
+    model.save_pretrained(tmp_path)
+    for network in (model, ViTRegForImageClassification.from_pretrained(tmp_path)):
+        got = network(pixels, output_hidden_states=True)
+        torch.testing.assert_close(got.hidden_states, expected.hidden_states, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    assert not [name for name in load_file(tmp_path / "model.safetensors") if "lambda1" in name]
+
+
+class Adapted(nn.Linear):
+    """What adapters and quantisation put in the place of a projection."""
+
+
+@pytest.mark.parametrize("place", ["attention.k_proj", "attention.o_proj", "mlp.down_proj"])
+@pytest.mark.parametrize("how", ["adapted", "hook"])
+def test_what_is_more_than_its_weights_is_refused_before_anything_changes(make_config, place, how):
+    model = ViTRegModel(make_config(layerscale_value=0.5))
+    parent = model.layers[2].get_submodule(place.rpartition(".")[0])
+    name = place.rpartition(".")[2]
+    if how == "adapted":
+        setattr(parent, name, Adapted(32, 32))
+    else:
+        getattr(parent, name).register_forward_hook(lambda *call: None)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"Expected nn\.Linear without adapters or hooks to (fuse|fold)"):
+        (model.fuse_qkv_projections if name == "k_proj" else model.fold_layer_scale)()
+    assert before.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert model.config.layerscale_value == 0.5
