@@ -2,7 +2,7 @@
 """What the measuring pass of `vitreg analyze` costs beyond the forward passes that it cannot do without.
 
     python benchmarks/analysis_pass.py
-    python benchmarks/analysis_pass.py --images 32 --repetitions 15
+    python benchmarks/analysis_pass.py --images 32 --repetitions 7
     python benchmarks/analysis_pass.py --patch_size 14 --image_size 518 --images 8 --repetitions 4
 
 The pass measures norms, channels and attention of every layer and token, and writes its records to disk. Beside it run
