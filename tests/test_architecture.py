@@ -140,7 +140,7 @@ def test_only_the_token_layout_slices_tokens():
 
 
 PURE = {"token_norms", "attention", "features", "probes", "sinks", "channels", "token_kinds", "object_discovery"}
-PURE |= {"intervals", "paper_datasets", "units"}
+PURE |= {"stream_numbers", "intervals", "paper_datasets", "units"}
 
 
 @pytest.mark.parametrize("name", sorted(PURE))

@@ -17,7 +17,8 @@ def neighbours_of_a_script(monkeypatch):
     """Python looks for what a script imports in its folder, when it runs the script itself."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     yield
-    sys.modules.pop("side_by_side", None)
+    for name in ("side_by_side", "pooled_features"):
+        sys.modules.pop(name, None)
 
 
 def run(name, *arguments):
@@ -216,3 +217,51 @@ def test_jpeg_decoding_refuses_what_it_cannot_measure(wrong, message, capsys):
     with pytest.raises(SystemExit):
         run("jpeg_decoding", *wrong)
     assert message in capsys.readouterr().err
+
+
+def test_analysis_pass_compares_the_pass_with_forward_passes(tmp_path, capsys):
+    output = tmp_path / "analysis_pass.json"
+    small = ["--num_layers", "3", "--image_size", "32", "--images", "3", "--batch_size", "2", "--repetitions", "2"]
+    run("analysis_pass", *small, "--output", str(output))
+    (row,) = json.loads(output.read_text())["rows"]
+    assert (row["images"], row["num_layers"], row["batch_size"]) == (3, 3, 2)
+    assert row["seconds"].keys() == {"measuring pass", "forward passes", "decoding alone"}
+    for ratio in row["pass_over_forward"].values():
+        assert ratio["low"] <= ratio["median"] <= ratio["high"]
+    told = capsys.readouterr().out
+    assert "the pass over forward passes, decoding taken off" in told
+    assert f"written: {output}" in told
+
+
+def test_analysis_pass_refuses_wrong_numbers(capsys):
+    with pytest.raises(SystemExit):
+        run("analysis_pass", "--image_size", "100")
+    assert "expected an --image_size that 16 divides, got 100" in capsys.readouterr().err
+
+
+def test_attention_maps_compares_memory_and_time_of_equal_maps(tmp_path, capsys):
+    output = tmp_path / "attention_maps.json"
+    small = ["--sizes", "small", "--num_layers", "2", "--image_size", "56", "--repetitions", "2"]
+    run("attention_maps", *small, "--output", str(output))
+    (row,) = json.loads(output.read_text())["rows"]
+    maps, tokens = row["maps_megabytes"], 5 + 4 * 4
+    assert maps["full maps"] == maps["transformers"] == maps["timm"] == 4 * 2 * 6 * tokens**2 / 1e6
+    assert maps["vitreg_hf"] == pytest.approx(maps["full maps"] * 5 / tokens)
+    assert max(row["largest_difference"].values()) < 1e-5
+    assert row["time_over_plain"].keys() == {"vitreg_hf", "full maps", "transformers", "timm"}
+    assert row["peak_megabytes_beyond_plain"].keys() == row["time_over_plain"].keys()
+    assert f"written: {output}" in capsys.readouterr().out
+
+
+def test_maps_of_cls_and_registers_held_a_fiftieth_of_the_memory_of_full_ones():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "attention_maps.json").read_text())["rows"]
+    assert {("small", 518), ("base", 518)} <= {(row["size"], row["image_size"]) for row in rows}
+    for row in rows:
+        for held in (row["maps_megabytes"], row["peak_megabytes_beyond_plain"]):
+            assert max(held.values()) > 50 * held["vitreg_hf"], row["size"]
+
+
+def test_attention_maps_refuses_wrong_numbers(capsys):
+    with pytest.raises(SystemExit):
+        run("attention_maps", "--image_size", "100")
+    assert "expected a multiple of the patch size 14 in --image_size, got 100" in capsys.readouterr().err

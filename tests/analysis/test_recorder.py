@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as hf
 
 from vitreg_hf import ViTRegForImageClassification, ViTRegModel
+from vitreg_hf.analysis import recorder
 from vitreg_hf.analysis.extract import classify, prefix_attention, read, subject_of
-from vitreg_hf.analysis.recorder import AttentionCall, Readers, recording
+from vitreg_hf.analysis.recorder import Attended, AttentionCall, Readers, recording
+from vitreg_hf.analysis.sinks import received_attention
 
 PIXELS = (2, 3, 32, 48)
 
@@ -71,6 +74,55 @@ def test_what_attention_returns_is_probabilities_times_values():
     mixed = (call.probabilities() @ call.values()).transpose(1, 2).flatten(2)
     with torch.inference_mode():
         torch.testing.assert_close(subject.model.layers[0].self_attn.o_proj(mixed), recorded.attention_updates[0])
+
+
+@pytest.mark.parametrize("at_once", [1, 10, 70, 2**18])
+@pytest.mark.parametrize("masked", ["nothing", "future", "boolean", "added"])
+@pytest.mark.parametrize("key_heads", [2, 4])
+def test_attention_by_blocks_equals_attention_at_once(monkeypatch, key_heads, masked, at_once):
+    """To 1e-6, whether a block holds some queries of a head, some heads of an image, or everything."""
+    monkeypatch.setattr(recorder, "_AT_ONCE_ON_CPU", at_once)
+    query, (key, value) = torch.randn(2, 4, 5, 8), torch.randn(2, 2, key_heads, 5, 8)
+    allowed = torch.ones(2, 1, 5, 5, dtype=torch.bool)
+    allowed[1, ..., 3:] = False
+    masks = {"boolean": allowed, "added": torch.where(allowed, 0.0, -torch.inf)}
+    call = AttentionCall(query, key, value, 0.5, masks.get(masked), masked == "future")
+    output, received = call.attended()
+    expected = F.scaled_dot_product_attention(
+        query, key, value, masks.get(masked), is_causal=masked == "future", scale=0.5, enable_gqa=True
+    )
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(received, received_attention(call.probabilities()), rtol=0, atol=1e-6)
+
+
+def test_a_query_that_may_attend_to_nothing_gives_and_gets_nothing():
+    query = torch.randn(1, 1, 3, 8)
+    allowed = torch.tensor([[[[True, True, False], [False, False, False], [True, False, False]]]])
+    output, received = AttentionCall(query, query, query, 1.0, allowed).attended()
+    assert output[0, 0, 1].abs().max() == 0
+    assert received.sum().item() == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("changed", [{}, {"attention_bias_kv": True}, {"num_register_tokens": 0}])
+def test_a_reader_that_attends_itself_changes_nothing_else(make_config, changed):
+    """States of every block within 1e-5 of those of PyTorch's attention."""
+    model, pixels = ViTRegModel(make_config(**changed)), torch.randn(PIXELS)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "bias_" in name:
+                parameter.normal_()
+    subject = subject_of(model, device="cpu")
+
+    def attend(layer, call):
+        output, received = call.attended()
+        return Attended((layer, received), output)
+
+    ours = read(subject, pixels, Readers(hidden=lambda _, state: state, attention=attend))
+    expected = read(subject, pixels, Readers(hidden=lambda _, state: state, attention=lambda _, call: call))
+    torch.testing.assert_close(torch.stack(ours.hidden), torch.stack(expected.hidden), rtol=0, atol=1e-5)
+    for index, ((layer, received), call) in enumerate(zip(ours.attention, expected.attention, strict=True)):
+        assert layer == index
+        torch.testing.assert_close(received, call.probabilities().mean(dim=-2), rtol=0, atol=1e-6)
 
 
 # Readers

@@ -18,20 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vitreg_hf.analysis.attention import mass_by_kind
-from vitreg_hf.analysis.channels import (
-    MASSIVE_ABSOLUTE,
-    MASSIVE_RATIO,
-    infinity_norm,
-    kurtosis,
-    massive_activations,
-    sigma_outliers,
-)
 from vitreg_hf.analysis.extract import Subject, embedded_patches, read
 from vitreg_hf.analysis.images import ImageFiles, open_upright, preprocess
-from vitreg_hf.analysis.recorder import AttentionCall, Readers
+from vitreg_hf.analysis.recorder import Attended, AttentionCall, Readers
 from vitreg_hf.analysis.records import Arrays, Records
-from vitreg_hf.analysis.sinks import received_attention
-from vitreg_hf.analysis.token_norms import neighbour_similarity, patch_norms
+from vitreg_hf.analysis.stream_numbers import stream_numbers
+from vitreg_hf.analysis.token_norms import neighbour_similarity
 from vitreg_hf.model.fingerprint import fingerprint
 
 _IMAGES_PER_FILE = 32  # what an interruption can lose
@@ -88,14 +80,12 @@ def measure_batch(subject: Subject, pixel_values: Tensor) -> dict[str, Tensor]:
     last = len(subject.anatomy.blocks) - 1
 
     def read_state(layer: int, state: Tensor) -> dict[str, Tensor]:
-        return {
-            "norms": patch_norms(state, layout),
-            "prefix_norms": layout.prefix_tokens(state).float().norm(dim=-1),
-            **_channels(state.float()),
-        }
+        norms = state.float().norm(dim=-1)
+        of_kinds = {"norms": layout.patches_of(norms), "prefix_norms": layout.prefix_of(norms)}
+        return {**of_kinds, **stream_numbers(state)}
 
-    def read_attention(layer: int, call: AttentionCall) -> dict[str, Tensor]:
-        received = _received(call)
+    def read_attention(layer: int, call: AttentionCall) -> Attended:
+        output, received = call.attended()  # all probabilities are needed, so attention is computed of them, too
         probabilities = call.probabilities(layout.num_prefix)
         kept = {
             "received": received.mean(dim=1),
@@ -103,7 +93,9 @@ def measure_batch(subject: Subject, pixel_values: Tensor) -> dict[str, Tensor]:
             "received_patch": layout.patches_of(received).amax(dim=-1),
             "mass": mass_by_kind(probabilities.mean(dim=1), layout),
         }
-        return kept if layer < last else {**kept, **_last_attention(call, probabilities, subject)}
+        if layer == last:
+            kept.update(_last_attention(call, probabilities, subject))
+        return Attended(kept, output)
 
     recorded = read(subject, pixel_values, Readers(hidden=read_state, attention=read_attention))
     measured = {name: torch.stack([state[name] for state in recorded.hidden], dim=1) for name in recorded.hidden[0]}
@@ -114,40 +106,6 @@ def measure_batch(subject: Subject, pixel_values: Tensor) -> dict[str, Tensor]:
     )
     measured["neighbours"] = neighbour_similarity(embedded_patches(subject, recorded, grid)).flatten(1)
     return {name: value.cpu() for name, value in measured.items()}
-
-
-def _channels(state: Tensor) -> dict[str, Tensor]:
-    flat = state.abs().flatten(1).argmax(dim=1)
-    peak = torch.stack([flat // state.shape[2], flat % state.shape[2]], dim=1)
-    return {
-        "infinity_norm": infinity_norm(state),
-        "kurtosis": kurtosis(state).float(),
-        "sigma_outliers": sigma_outliers(state).sum(dim=(1, 2)),
-        **_massive(state),
-        "peak": peak,
-    }
-
-
-def _massive(state: Tensor) -> dict[str, Tensor]:
-    """How many massive activations each image has, `(B,)`, by both rules and by the relative one alone.
-
-    None where half of all values are 0; counted only where the largest value is large enough, which is seldom.
-    """
-    magnitudes = state.abs().flatten(1)
-    medians, highest = magnitudes.median(dim=1).values, magnitudes.amax(dim=1)
-    possible = ((medians > 0) & (highest >= MASSIVE_RATIO * medians)).tolist()
-
-    def count(absolute: float) -> Tensor:
-        images = zip(state, possible, strict=True)
-        found = [massive_activations(one[None], absolute=absolute, limit=1).total if can else 0 for one, can in images]
-        return torch.tensor(found)
-
-    return {"massive": count(MASSIVE_ABSOLUTE), "relatively_massive": count(0.0)}
-
-
-def _received(call: AttentionCall) -> Tensor:
-    """Attention that each token gets, `(B, h, N)`, one image at a time: N x N maps of a batch would be large."""
-    return torch.cat([received_attention(call.of_input(index).probabilities()) for index in range(len(call.query))])
 
 
 def _last_attention(call: AttentionCall, probabilities: Tensor, subject: Subject) -> dict[str, Tensor]:

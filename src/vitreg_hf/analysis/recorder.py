@@ -11,7 +11,7 @@ Shapes: B inputs, N tokens, D channels of the residual stream, h heads of d chan
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vitreg_hf.analysis.foreign import Anatomy
+
+Block = tuple[slice, slice, slice]  # of images, heads and queries
+_ALL = slice(None)
+# Probabilities at a time: what a core's own cache holds, which is faster than all at once; a GPU wants many.
+_AT_ONCE_ON_CPU, _AT_ONCE = 2**18, 2**26
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,8 @@ class AttentionCall:
         scaling: factor on the logits.
         mask: boolean (True: may be attended to) or added to the logits, broadcast to `(B, h, N, N)`; None for none.
         causal: whether a token sees only itself and those before it.
-        bias_key: `(B, h, more, d)`, further keys that are no tokens and that all may attend to; None for none.
+        bias_key, bias_value: `(B, h, more, d)`, further keys that are no tokens and that all may attend to, and their
+            values; None for none.
     """
 
     query: Tensor
@@ -41,30 +47,41 @@ class AttentionCall:
     mask: Tensor | None = None
     causal: bool = False
     bias_key: Tensor | None = None
+    bias_value: Tensor | None = None
 
     def of_input(self, index: int) -> "AttentionCall":
         """The call for one input of the batch alone."""
         one = slice(index, index + 1)
         mask = self.mask[one] if self.mask is not None and len(self.mask) > 1 else self.mask
-        bias = None if self.bias_key is None else self.bias_key[one]
-        return AttentionCall(self.query[one], self.key[one], self.value[one], self.scaling, mask, self.causal, bias)
+        tensors = (self.query, self.key, self.value, self.bias_key, self.bias_value)
+        query, key, value, *bias = (None if tensor is None else tensor[one] for tensor in tensors)
+        return AttentionCall(query, key, value, self.scaling, mask, self.causal, *bias)  # type: ignore[arg-type]
+
+    def keys(self) -> Tensor:
+        """Key vectors `(B, h, N, d)`, repeated for all heads that share them."""
+        return self._for_each_head(self.key)
 
     def values(self) -> Tensor:
         """Value vectors `(B, h, N, d)`, repeated for all heads that share them."""
-        return self.value.repeat_interleave(self.query.shape[1] // self.value.shape[1], dim=1)
+        return self._for_each_head(self.value)
+
+    def _for_each_head(self, shared: Tensor) -> Tensor:
+        groups = self.query.shape[1] // shared.shape[1]
+        return shared.repeat_interleave(groups, dim=1) if groups > 1 else shared
 
     def logits(self, num_queries: int | None = None) -> Tensor:
         """Logits `(B, h, Q, N)` of the first `num_queries` queries, or of all; -inf where a mask forbids."""
-        query = self.query[:, :, :num_queries]
-        groups = query.shape[1] // self.key.shape[1]
-        key = self.key.repeat_interleave(groups, dim=1) if groups > 1 else self.key
-        logits = (query @ key.transpose(2, 3)).float() * self.scaling
+        return self._logits((_ALL, _ALL, slice(num_queries)), self.keys())
+
+    def _logits(self, block: Block, keys: Tensor) -> Tensor:
+        logits = (self.query[block] @ keys[block[:2]].transpose(2, 3)).float().mul_(self.scaling)
+        tokens = self.query.shape[2]
         if self.causal:
-            future = torch.ones(self.query.shape[2], key.shape[2], dtype=torch.bool, device=key.device).triu(1)
-            logits = logits.masked_fill(future[:num_queries], -torch.inf)
+            future = torch.ones(tokens, keys.shape[2], dtype=torch.bool, device=keys.device).triu(1)
+            logits = logits.masked_fill(future[block[2]], -torch.inf)
         if self.mask is None:
             return logits
-        mask = self.mask[:, :, :num_queries]
+        mask = self.mask.expand(*self.query.shape[:2], tokens, -1)[block]
         return logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
 
     def probabilities(self, num_queries: int | None = None) -> Tensor:
@@ -72,11 +89,60 @@ class AttentionCall:
 
         What goes to keys that are no tokens is missing to a sum of 1.
         """
-        logits = self.logits(num_queries)
+        return self._onto_all((_ALL, _ALL, slice(num_queries)), self.keys())[..., : self.key.shape[2]]
+
+    def _onto_all(self, block: Block, keys: Tensor) -> Tensor:
+        """Probabilities of a block, onto the keys that are no tokens, too, which come last."""
+        logits = self._logits(block, keys)
         if self.bias_key is not None:
-            more = (self.query[:, :, :num_queries] @ self.bias_key.transpose(2, 3)).float() * self.scaling
+            more = (self.query[block] @ self.bias_key[block[:2]].transpose(2, 3)).float() * self.scaling
             logits = torch.cat([logits, more], dim=-1)
-        return logits.softmax(dim=-1).nan_to_num(0.0)[..., : self.key.shape[2]]
+        probabilities = logits.softmax(dim=-1)
+        return probabilities if self.mask is None else probabilities.nan_to_num(0.0)
+
+    def attended(self) -> tuple[Tensor, Tensor]:
+        """Attention itself, and how much of it each token gets, from probabilities that are computed once.
+
+        They are computed block by block and never held: what is added to PyTorch's fused attention is little more
+        than their sum over queries.
+
+        Returns:
+            What PyTorch's attention returns without dropout, `(B, h, N, d)`, up to rounding; and the mean over queries
+            of the probabilities, float32 `(B, h, N)`, as `sinks.received_attention` has it without padding.
+        """
+        keys, values, tokens = self.keys(), self.values(), self.key.shape[2]
+        if self.bias_value is not None:
+            values = torch.cat([values, self.bias_value], dim=2)
+        # The layout that models bring it to next.
+        output = values.new_empty(self.query.transpose(1, 2).shape[:3] + values.shape[3:]).transpose(1, 2)
+        received = torch.zeros(keys.shape[:3], device=keys.device)
+        for block in self._blocks():
+            probabilities = self._onto_all(block, keys)
+            output[block] = probabilities.to(values.dtype) @ values[block[:2]]
+            received[block[:2]] += probabilities[..., :tokens].sum(dim=-2)
+        return output, received / self.query.shape[2]
+
+    def _blocks(self) -> Iterator[Block]:
+        """All images, heads and queries, in blocks of about as many probabilities as are fast at a time."""
+        images, heads, tokens = self.query.shape[:3]
+        at_once = _AT_ONCE_ON_CPU if self.query.device.type == "cpu" else _AT_ONCE
+        for some_images in _slices(images, at_once // (heads * tokens**2)):
+            for some_heads in _slices(heads, at_once // tokens**2):
+                for queries in _slices(tokens, at_once // tokens):
+                    yield some_images, some_heads, queries
+
+
+def _slices(count: int, at_once: int) -> Iterator[slice]:
+    step = max(at_once, 1)
+    return (slice(start, start + step) for start in range(0, count, step))
+
+
+class Attended(NamedTuple):
+    """What a reader of attention returns that computed attention itself: the block goes on with `output`, in place of
+    PyTorch's, `(B, h, N, d)`."""
+
+    kept: Any
+    output: Tensor
 
 
 @dataclass(frozen=True)
@@ -86,7 +152,7 @@ class Readers:
     Attributes:
         hidden: gets the residual stream `(B, N, D)`, never normed: before the first block as layer 0, after block
             `i` as layer `i + 1`.
-        attention: gets an `AttentionCall` per block.
+        attention: gets an `AttentionCall` per block; one that returns `Attended` takes the place of PyTorch's.
         attention_update, ffn_update: get what the branch of a block adds to the residual stream, `(B, N, D)`.
         edit: gets the input of every block and returns what the block gets instead.
         neurons: gets the activations of the neurons of a block's FFN, `(B, N, F)`, as they are projected back.
@@ -160,7 +226,10 @@ class _AttentionCalls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and self.tracker.block is not None:
-            self.kept.append(self.reader(self.tracker.block, _attention_call(*args, **kwargs)))
+            kept = self.reader(self.tracker.block, _attention_call(*args, **kwargs))
+            self.kept.append(kept.kept if isinstance(kept, Attended) else kept)
+            if isinstance(kept, Attended):
+                return kept.output
         return func(*args, **kwargs)
 
 
@@ -177,9 +246,10 @@ def _attention_call(
     """PyTorch's own arguments; the number of heads tells whether they are grouped, and dropout comes later."""
     scaling = query.shape[-1] ** -0.5 if scale is None else scale
     tokens = query.shape[2]
-    bias = key[:, :, tokens:] if key.shape[2] > tokens else None  # attention_bias_kv of this family
-    mask = attn_mask if attn_mask is None or bias is None else attn_mask[..., :tokens]
-    return AttentionCall(query, key[:, :, :tokens], value[:, :, :tokens], scaling, mask, is_causal, bias)
+    more = key.shape[2] > tokens  # attention_bias_kv of this family
+    mask = attn_mask[..., :tokens] if attn_mask is not None and more else attn_mask
+    bias = (key[:, :, tokens:], value[:, :, tokens:]) if more else (None, None)
+    return AttentionCall(query, key[:, :, :tokens], value[:, :, :tokens], scaling, mask, is_causal, *bias)
 
 
 def _hook(stack: ExitStack, handle: Any) -> None:
