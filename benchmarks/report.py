@@ -65,18 +65,46 @@ def of_network(row: Row) -> str:
     return f"{family}-{row['size'][0].upper()}{compiled}, batch {row['batch_size']}"
 
 
-DROP_PATHS = {"none": "0", "linear": "0 to 0.3", "uniform": "0.3"}
-TRAINING_GOALS = {"none": 1.0, "linear": 1.1, "uniform": 1.25}
+def of_step(row: Row) -> str:
+    """A step of training and its stochastic depth."""
+    rates = {"none": "0", "linear": "0 to 0.3", "uniform": "0.3"}
+    return f"{of_network(row)}, drop path {rates[row['schedule']]}"
+
+
+def of_sizes(row: Row) -> str:
+    """A batch of images of many sizes."""
+    least, most = min(row["patches"]), max(row["patches"])
+    return f"{row['pass']}, {row['batch_size']} images of {least} to {most} patches"
+
+
+PEERS = ("transformers", "timm")
+STEP_GOALS = {"none": 1.0, "linear": 1.1, "uniform": 1.25}
 BENCHMARKS = (
-    Benchmark("pooled_features.json", "One pooled feature", lambda row: 1.1, of_network, ("transformers", "timm")),
+    Benchmark("pooled_features.json", "One pooled feature", lambda row: 1.1, of_network, PEERS),
+    Benchmark("training_step.json", "A step of training", lambda row: STEP_GOALS[row["schedule"]], of_step, PEERS),
     Benchmark(
-        "training_step.json",
-        "A step of training",
-        lambda row: TRAINING_GOALS[row["schedule"]],
-        lambda row: (
-            f"{of_network(row)}, drop path {'none' if row['schedule'] == 'none' else '0.3 ' + row['schedule']}"
-        ),
-        ("transformers", "timm"),
+        *("mixed_resolutions.json", "Images of many sizes, without padding", lambda row: 1.5, of_sizes),
+        ("padded", "one by one", "transformers"),
+    ),
+    Benchmark(
+        *("preprocessing.json", "Photos to tensors", lambda row: 2.0),
+        lambda row: f"{row['photos']} {row['input']}, {row['setting']}",
+        ("vit", "dinov2"),
+    ),
+    Benchmark(
+        *("attention_maps.json", "Maps of CLS and registers, 518 px", lambda row: 1.0),
+        lambda row: f"DINOv2-{row['size'][0].upper()}, all layers",
+        PEERS,
+    ),
+    Benchmark(
+        *("attention_maps.json", "The same beside a plain forward pass (at least 1 / 1.15)", lambda row: 1 / 1.15),
+        lambda row: f"DINOv2-{row['size'][0].upper()}, all layers",
+        ("plain forward pass",),
+    ),
+    Benchmark(
+        *("analysis_pass.json", "vitreg analyze beside bare forward passes (at least 1 / 1.3)", lambda row: 1 / 1.3),
+        lambda row: f"ViT-{row['size'][0].upper()}/{row['patch_size']}, {row['image_size']} px",
+        ("forward passes",),
     ),
 )
 
