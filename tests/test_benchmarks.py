@@ -109,6 +109,17 @@ def test_mixed_resolutions_compares_packing_with_padding_and_one_by_one(tmp_path
     assert f"written: {output}" in capsys.readouterr().out
 
 
+def test_the_committed_numbers_of_mixed_resolutions_are_of_equal_outputs():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "mixed_resolutions.json").read_text())["rows"]
+    found = {
+        (row["pass"], row["most_patches"]) for row in rows if row["batch_size"] == 16 and row["hidden_size"] == 384
+    }
+    assert found >= {(kind, most) for kind in ("inference", "training") for most in (16, 64, 196)}
+    for row in rows:
+        assert max(row["largest_difference"].values()) < 1e-5
+        assert 3 < row["patches"][-1] / row["patches"][0] < 6  # 1:4, rounded to whole patches
+
+
 @pytest.mark.parametrize("wrong", [["--most_patches", "3"], ["--batch_size", "0"]])
 def test_mixed_resolutions_refuses_wrong_numbers(wrong, capsys):
     with pytest.raises(SystemExit):
