@@ -95,6 +95,41 @@ def test_inference_compares_features_and_counts_operations(tmp_path, capsys):
     assert f"written: {output}" in capsys.readouterr().out
 
 
+def test_mixed_resolutions_compares_packing_with_padding_and_one_by_one(tmp_path, capsys):
+    output = tmp_path / "mixed_resolutions.json"
+    small = ["--num_layers", "2", "--hidden_size", "64", "--batch_size", "4", "--most_patches", "16"]
+    run("mixed_resolutions", *small, "--repetitions", "2", "--output", str(output))
+    rows = json.loads(output.read_text())["rows"]
+    assert {row["pass"] for row in rows} == {"inference", "training"}
+    for row in rows:
+        assert set(row["speedup_over"]) == {"padded", "one by one", "transformers"}
+        assert max(row["largest_difference"].values()) < 1e-5
+        counted = row["gflops"]
+        assert counted["packed"] == pytest.approx(counted["one by one"], rel=0.02)  # positions apart
+        assert counted["padded"] > 1.2 * counted["packed"]
+        assert row["patches"][-1] <= 17
+        assert sum(row["share_of_time"]["packed"].values()) == pytest.approx(1)
+    assert f"written: {output}" in capsys.readouterr().out
+
+
+def test_the_committed_numbers_of_mixed_resolutions_are_of_equal_outputs():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "mixed_resolutions.json").read_text())["rows"]
+    found = {
+        (row["pass"], row["most_patches"]) for row in rows if row["batch_size"] == 16 and row["hidden_size"] == 384
+    }
+    assert found >= {(kind, most) for kind in ("inference", "training") for most in (16, 64, 196)}
+    for row in rows:
+        assert max(row["largest_difference"].values()) < 1e-5
+        assert 3 < row["patches"][-1] / row["patches"][0] < 6  # 1:4, rounded to whole patches
+
+
+@pytest.mark.parametrize("wrong", [["--most_patches", "3"], ["--batch_size", "0"]])
+def test_mixed_resolutions_refuses_wrong_numbers(wrong, capsys):
+    with pytest.raises(SystemExit):
+        run("mixed_resolutions", *wrong)
+    assert f"in {wrong[0]}, got " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

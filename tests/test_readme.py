@@ -46,6 +46,17 @@ def test_the_code_of_the_page_on_analysis_runs():
     assert found["norms"].shape == (2, 196)
 
 
+def test_the_code_of_the_page_on_many_sizes_runs(capsys):
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "mixed_resolutions.md").read_text(), re.DOTALL)
+    found = {}
+    exec("\n".join(code), found)
+    assert [tuple(image.shape) for image in found["batch"]["pixel_values"]] == [
+        *((3, 224, 288), (3, 288, 96), (3, 192, 336)),
+    ]
+    assert found["outputs"].logits.shape == (3, 10)
+    assert capsys.readouterr().out.count("torch.Size([1, 64])") == 3
+
+
 def test_every_command_of_the_page_on_analysis_exists():
     page = (ROOT / "docs" / "analysis.md").read_text()
     commands = set(re.findall(r"`vitreg ([a-z]+)", page))

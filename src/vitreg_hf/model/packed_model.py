@@ -169,7 +169,7 @@ class PackedClassifierMixin:
 
 def _check_packed(images: Sequence[Tensor], pixel_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
     shapes = [tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__ for image in images]
-    if any(len(shape) != 3 for shape in shapes if shape) or not all(isinstance(image, Tensor) for image in images):
+    if not all(isinstance(image, Tensor) and image.ndim == 3 for image in images):
         raise ValueError(f"Expected a list of images as tensors (channels, height, width), got {shapes}")
     if pixel_mask is not None:
         raise ValueError("Expected no pixel_mask for a list of images, which are not padded, got one")

@@ -48,6 +48,7 @@ class Packing:
         self.sizes = tuple(sizes)
         self.device = device
         self.apart = apart
+        self._block_masks: dict[tuple[tuple[int, int], ...], BlockMask] = {}
         # Made once for all blocks, because most of them need it and sizes would have to be sent to a GPU each time.
         self.rotation = _of_all_groups(rotations, self.sizes) if rotations else None
 
@@ -147,11 +148,9 @@ class Packing:
 
     def _block_mask(self, queries: "Packing") -> BlockMask:
         """Which blocks of queries and keys share an image, without a map of all tokens."""
-        kept = self.__dict__.setdefault("_block_masks", {})
-        key = queries.sizes
-        if key not in kept:
-            kept[key] = _block_mask(queries.image_of_token, self.image_of_token)
-        return kept[key]
+        if queries.sizes not in self._block_masks:
+            self._block_masks[queries.sizes] = _block_mask(queries.image_of_token, self.image_of_token)
+        return self._block_masks[queries.sizes]
 
 
 def _of_all_groups(rotations: Sequence[Rotation], sizes: Sequence[tuple[int, int]]) -> Rotation:

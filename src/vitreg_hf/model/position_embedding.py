@@ -174,7 +174,7 @@ class PositionInterpolation:
         max_sizes: sizes that are kept.
     """
 
-    def __init__(self, rule: InterpolationRule, table_grid: tuple[int, int], max_sizes: int = 16) -> None:
+    def __init__(self, rule: InterpolationRule, table_grid: tuple[int, int], max_sizes: int = 64) -> None:
         self.rule = rule
         self.table_grid = table_grid
         self._kept = RecentSizes(self._of_grid, max_sizes)
@@ -246,7 +246,7 @@ class RotaryPositions:
         max_sizes: grids whose angles are kept.
     """
 
-    def __init__(self, config: ViTRegConfig, max_sizes: int = 16) -> None:
+    def __init__(self, config: ViTRegConfig, max_sizes: int = 64) -> None:
         self.config = config
         self._kept = RecentSizes(self._of_grid, max_sizes)
 
