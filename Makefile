@@ -64,7 +64,7 @@ benchmark: $(READY) ## measure speed against other implementations: hours; then 
 	for size in small base; do for how in --onnx --compile; do \
 	$(ONE_THREAD) $(BIN)/python benchmarks/pooled_features.py --size $$size $$how || exit 1; done; done
 	$(ONE_THREAD) $(BIN)/python benchmarks/pooled_features.py --family dinov3 --batch_sizes 1 8
-	for one in training_step mixed_resolutions preprocessing jpeg_decoding attention_maps analysis_pass; do \
+	for one in loading training_step mixed_resolutions preprocessing jpeg_decoding attention_maps analysis_pass; do \
 	$(ONE_THREAD) $(BIN)/python benchmarks/$$one.py || exit 1; done
 	$(BIN)/python benchmarks/report.py
 

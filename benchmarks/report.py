@@ -81,6 +81,10 @@ PEERS = ("transformers", "timm")
 STEP_GOALS = {"none": 1.0, "linear": 1.1, "uniform": 1.25}
 BENCHMARKS = (
     Benchmark("pooled_features.json", "One pooled feature", lambda row: 1.1, of_network, PEERS),
+    Benchmark(
+        *("loading.json", "from_pretrained", lambda row: 1.0, lambda row: f"DINOv2-{row['size'][0].upper()}"),
+        ("transformers",),
+    ),
     Benchmark("training_step.json", "A step of training", lambda row: STEP_GOALS[row["schedule"]], of_step, PEERS),
     Benchmark(
         *("mixed_resolutions.json", "Images of many sizes, without padding", lambda row: 1.5, of_sizes),

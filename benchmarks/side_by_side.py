@@ -69,12 +69,19 @@ def alternating(
     works: Mapping[str, Work], repetitions: int, device: str = "cpu", threads: int = 1, label: str = "turns"
 ) -> dict[str, list[float]]:
     """Seconds of every work in every turn, by name; the first turn, which allocates and compiles, is not counted."""
+    return in_turns(works, repetitions, lambda work: seconds_of(work, device, threads), label)
+
+
+def in_turns(
+    works: Mapping[str, Work], repetitions: int, timed: Callable[[Work], float], label: str = "turns"
+) -> dict[str, list[float]]:
+    """The same with a clock of one's own."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     names = list(works)
     for turn in tqdm(range(repetitions + 1), desc=label, unit="turn", leave=False):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            taken = seconds_of(works[name], device, threads)
+            taken = timed(works[name])
             if turn:
                 seconds[name].append(taken)
     return seconds

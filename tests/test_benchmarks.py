@@ -300,3 +300,12 @@ def test_attention_maps_refuses_wrong_numbers(capsys):
     with pytest.raises(SystemExit):
         run("attention_maps", "--image_size", "100")
     assert "expected a multiple of the patch size 14 in --image_size, got 100" in capsys.readouterr().err
+
+
+def test_loading_compares_time_and_memory(tmp_path, capsys):
+    output = tmp_path / "loading.json"
+    run("loading", "--sizes", "small", "--num_layers", "1", "--repetitions", "1", "--output", str(output))
+    (row,) = json.loads(output.read_text())["rows"]
+    assert row["speedup_over"].keys() == {"transformers"}
+    assert row["peak_megabytes"].keys() == {"vitreg_hf", "transformers"}
+    assert f"written: {output}" in capsys.readouterr().out

@@ -51,12 +51,13 @@ def check_checkpoint(
     else:
         _check_places(files or (), folder)
         stored = {key: tensor for file in files or () for key, tensor in _stored_tensors(file).items()}
+    expected = model.state_dict()
     if not is_quantized:
-        _check_tensors(model, stored, ignore_mismatched_sizes)
+        _check_tensors(expected, model.base_model_prefix, stored, ignore_mismatched_sizes)
     held = sum(math.prod(tensor.shape) for tensor in stored.values())
     if files:  # a pickled tensor may repeat few values
         held = min(held, sum(os.path.getsize(file) for file in files))
-    _check_extent(model, held * (16 if is_quantized else 1))
+    _check_extent(expected, held * (16 if is_quantized else 1))
 
 
 def _check_places(files: Sequence[str], folder: str | os.PathLike | None) -> None:
@@ -110,12 +111,14 @@ def _described(tensor: Tensor) -> StoredTensor:
     return StoredTensor(tuple(tensor.shape), tensor.is_floating_point())
 
 
-def _check_tensors(model: PreTrainedModel, stored: dict[str, StoredTensor], ignore_mismatched_sizes: bool) -> None:
+def _check_tensors(
+    expected: dict[str, Tensor], base_prefix: str, stored: dict[str, StoredTensor], ignore_mismatched_sizes: bool
+) -> None:
     """Shapes, and types, which Transformers casts: labels or masks saved by mistake would become weights."""
-    prefix = f"{model.base_model_prefix}."  # a backbone's file fits a model with a head, and the other way round
-    expected = {key.removeprefix(prefix): tensor for key, tensor in model.state_dict().items()}
+    prefix = f"{base_prefix}."  # a backbone's file fits a model with a head, and the other way round
+    own_tensors = {key.removeprefix(prefix): tensor for key, tensor in expected.items()}
     for key, tensor in stored.items():
-        own = expected.get(key.removeprefix(prefix))
+        own = own_tensors.get(key.removeprefix(prefix))
         if own is None or own.numel() == 0:  # DeepSpeed leaves empty parameters where it has distributed them
             continue
         if own.is_floating_point() and not tensor.is_floating:
@@ -125,9 +128,9 @@ def _check_tensors(model: PreTrainedModel, stored: dict[str, StoredTensor], igno
             raise RuntimeError(f"Expected {key!r} of shape {tuple(own.shape)}, got {tensor.shape}; {hint}")
 
 
-def _check_extent(model: PreTrainedModel, held: int) -> None:
+def _check_extent(expected: dict[str, Tensor], held: int) -> None:
     """What no file fills is allocated and initialized, so a small file must not ask for a giant."""
-    needed, allowed = sum(tensor.numel() for tensor in model.state_dict().values()), 2 * held + SPARE_PARAMETERS
+    needed, allowed = sum(tensor.numel() for tensor in expected.values()), 2 * held + SPARE_PARAMETERS
     if needed > allowed:
         raise ValueError(
             f"Expected a config of at most {allowed:,} parameters for weights of {held:,}, got one of {needed:,}"
