@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from vitreg_hf import ViTRegForImageClassification, ViTRegModel
+from vitreg_hf.training.lora import add_lora
 
 BLOCKS = [
     {},
@@ -52,7 +53,8 @@ def test_a_fused_model_is_saved_and_loaded_as_three_projections(make_config, fie
     fused.fuse_qkv_projections()
     fused.save_pretrained(tmp_path)
     names = load_file(tmp_path / "model.safetensors").keys()
-    assert names == model.state_dict().keys() == fused.state_dict().keys()
+    assert names == set(model.state_dict())
+    assert list(model.state_dict()) == list(fused.state_dict())  # in this order, of which a fingerprint is made
     loaded = ViTRegModel.from_pretrained(tmp_path)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, loaded.get_parameter(name))
@@ -83,6 +85,56 @@ def test_gradients_of_fused_projections(make_config):
     for own, joined in zip(model.vitreg.layers, fused.vitreg.layers, strict=True):
         separate = [getattr(own.attention, name).weight.grad for name in ("q_proj", "k_proj", "v_proj")]
         torch.testing.assert_close(joined.attention.qkv_proj.weight.grad, torch.cat(separate), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [BLOCKS[1], BLOCKS[2], {"value_bias": False, "qk_norm": True}], ids=str)
+def test_a_part_without_a_bias_has_none_after_training_either(make_config, fields, tmp_path):
+    model = changed(ViTRegForImageClassification(make_config(**fields)))
+    model.fuse_qkv_projections()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(torch.randn(4, 3, 32, 32), labels=torch.arange(4)).loss.backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path)
+    pixels = torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        loaded, expected = ViTRegForImageClassification.from_pretrained(tmp_path), model(pixels).logits
+        torch.testing.assert_close(loaded(pixels).logits, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model(pixels, output_tokens=False).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["q_proj.weight", "v_proj.bias"])
+def test_a_part_that_alone_is_frozen_is_refused(make_config, part):
+    model = ViTRegModel(make_config())
+    model.layers[1].attention.get_parameter(part).requires_grad_(False)
+    with pytest.raises(ValueError, match=f"all trained or all frozen to fuse, got .*'{part}': False"):
+        model.fuse_qkv_projections()
+    assert all(layer.attention.qkv_proj is None for layer in model.layers)
+
+
+@torch.no_grad()
+def test_a_fused_projection_that_is_watched_runs(make_config):
+    model, pixels = changed(ViTRegModel(make_config())), torch.randn(2, 3, 32, 32)
+    model.fuse_qkv_projections()
+    expected, seen = model(pixels, output_tokens=False).pooler_output, []
+    model.layers[-1].attention.qkv_proj.register_forward_hook(lambda *call: seen.append(call[-1].shape))
+    got = model(pixels, output_tokens=False).pooler_output
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert (2, 21, 3 * 32) in seen
+
+
+def test_what_stands_in_the_place_of_a_fused_projection_is_named(make_config):
+    model = ViTRegModel(make_config())
+    model.fuse_qkv_projections()
+    model.layers[0].attention.qkv_proj = Adapted(32, 96)
+    with pytest.raises(ValueError, match="Expected the projections of fuse_qkv_projections, got Adapted"):
+        model.state_dict()
+
+
+def test_adapters_are_not_put_beside_fused_projections(make_config):
+    model = ViTRegForImageClassification(make_config())
+    model.fuse_qkv_projections()
+    with pytest.raises(ValueError, match=r"Expected a model with three projections for LoRA, got a fused one"):
+        add_lora(model, rank=2, alpha=2)
 
 
 @torch.no_grad()

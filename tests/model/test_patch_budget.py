@@ -189,3 +189,12 @@ def test_a_pipeline_takes_images_of_many_sizes(make_config, photos):
         expected = model(**ViTRegImageProcessor(**BUDGET)(photos, return_tensors="pt")).logits.softmax(-1)
     for scores, own in zip(found, expected, strict=True):
         assert [scores[f"LABEL_{i}"] for i in range(5)] == pytest.approx(own.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("processor_class", [ViTRegImageProcessor, ViTRegImageProcessorPil])
+def test_a_budget_takes_the_place_of_a_saved_size_and_crop(processor_class, tmp_path):
+    processor_class(size={"shortest_edge": 256}, crop_size=224, do_center_crop=True).save_pretrained(tmp_path)
+    processor = processor_class.from_pretrained(tmp_path, max_num_patches=16, patch_size=16)
+    assert processor(np.zeros((80, 160, 3), np.uint8))["pixel_values"][0].shape == (3, 48, 80)
+    with pytest.raises(ValueError, match="max_num_patches"):
+        processor_class.from_pretrained(tmp_path, max_num_patches=16, patch_size=16, do_center_crop=True)

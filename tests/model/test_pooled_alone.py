@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -243,3 +244,22 @@ def test_neurons_written_over_are_those_that_are_not(make_config, fields):
     assert slow.requires_grad
     assert torch.equal(slow, fast)
     assert torch.equal(tokens, before)
+
+
+@torch.no_grad()
+def test_what_a_hook_of_all_modules_keeps_is_not_written_over(make_config):
+    model, pixels, kept = ViTRegModel(make_config()).eval(), torch.randn(2, 3, 32, 32), {}
+    hook = register_module_forward_hook(lambda module, inputs, output: kept.update({module: (inputs, output)}))
+    model(pixels, output_tokens=False)
+    hook.remove()
+    for layer in model.layers:
+        for projection in (layer.mlp.up_proj, layer.attention.k_proj, layer.attention.v_proj):
+            (inputs,), output = kept[projection]
+            torch.testing.assert_close(output, projection(inputs))
+
+
+@torch.no_grad()
+def test_an_activation_that_was_put_in_place_is_used(make_config):
+    mlp, tokens = ViTRegModel(make_config()).layers[0].mlp, torch.randn(2, 5, 32)
+    mlp.act_fn = torch.nn.ReLU()
+    assert torch.equal(mlp(tokens), mlp.down_proj(mlp.up_proj(tokens).relu()))

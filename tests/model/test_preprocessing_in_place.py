@@ -218,3 +218,16 @@ def test_cuda_gives_the_same_from_any_layout(layout: str, name: str, monkeypatch
     found = processor(images, device="cuda", return_tensors="pt")
     assert found["pixel_values"].device.type == "cuda"
     assert torch.equal(found["pixel_values"], expected["pixel_values"])
+
+
+def test_rows_with_room_behind_them_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What PILLOW_ALIGNMENT asks for: rows of 21 pixels are 84 bytes, which 64 does not divide."""
+    levels = np.random.default_rng(0).integers(0, 256, (9, 21, 3), dtype=np.uint8)
+    before = PIL.Image.core.get_alignment()
+    PIL.Image.core.set_alignment(64)
+    try:
+        photo = PIL.Image.fromarray(levels)
+        pixels = ViTRegImageProcessor().process_image(photo, do_convert_rgb=True)
+    finally:
+        PIL.Image.core.set_alignment(before)
+    assert torch.equal(pixels, torch.from_numpy(levels).permute(2, 0, 1))

@@ -119,6 +119,8 @@ def test_size_of_the_model_input() -> None:
     assert model_size(ViTRegImageProcessor(**CROPPED)) == (32, 32)
     with pytest.raises(ValueError, match="fixed height and width"):
         model_size(ViTRegImageProcessor(size={"shortest_edge": 40}, do_center_crop=False))
+    with pytest.raises(ValueError, match="got one that keeps the aspect ratio up to max_num_patches=20"):
+        model_size(ViTRegImageProcessor(max_num_patches=20, patch_size=8))
     with pytest.raises(ValueError, match=r"0 < low <= high <= 1, got \(0\.9, 0\.1\)"):
         TrainingTransform(ViTRegImageProcessor(**WHOLE), crop_scale=(0.9, 0.1))
 

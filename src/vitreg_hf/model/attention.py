@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_vitreg import ViTRegConfig
-from .fusing import PARTS, FusedProjections, join_state, split_state
+from .fusing import PARTS, FusedProjections, is_fused, join_state, split_state
 from .inference import is_plain
 from .packing import Packing
 from .pooled_attention import logits_of, taken_by
@@ -213,7 +213,7 @@ class ViTRegAttention(RecordedModule):
         hand, and with nothing between them and the softmax that somebody else has put there."""
         dropout = self.training and self.attention_dropout > 0
         known = self.config._attn_implementation in _ATTENTION_OF_TRANSFORMERS
-        plain = self.qkv_proj is not None or is_plain(self.k_proj, self.v_proj)
+        plain = is_fused(self) if self.qkv_proj is not None else is_plain(self.k_proj, self.v_proj)
         return plain and known and self.bias_k is None and not dropout
 
     def _taken_by_first(
@@ -225,12 +225,12 @@ class ViTRegAttention(RecordedModule):
         """
         query = self.q_norm(self._by_head(self._part(0, queries))).transpose(1, 2)
         if rotation is None and not self.qk_norm:
-            logits = logits_of(query, tokens, *self._weights(1))
+            logits = logits_of(query * self.scaling, tokens, *self._weights(1))
         else:
             key = self.k_norm(self._by_head(self._part(1, tokens))).transpose(1, 2)
             query, key = _turned(query, key, rotation)
-            logits = query @ key.transpose(2, 3)
-        return taken_by(_softmax(logits * self.scaling, token_mask), tokens, *self._weights(2))
+            logits = (query * self.scaling) @ key.transpose(2, 3)
+        return taken_by(_softmax(logits, token_mask), tokens, *self._weights(2))
 
     def _weights(self, part: int) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the projection to queries (0), keys (1) or values (2)."""
@@ -240,7 +240,7 @@ class ViTRegAttention(RecordedModule):
         return projection.weight, projection.bias
 
     def _part(self, part: int, tokens: Tensor) -> Tensor:
-        """Queries (0), keys (1) or values (2) alone, `(..., h * d)`."""
+        """Queries (0) or keys (1) alone, `(..., h * d)`."""
         if self.qkv_proj is not None:
             return F.linear(tokens, *self.qkv_proj.part(part))
         return getattr(self, PARTS[part])(tokens)
@@ -258,10 +258,12 @@ class ViTRegAttention(RecordedModule):
 
     def _projected(self, queries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `(..., h, d)` of tokens `(..., D)`, the first two normed if the config says so."""
-        if self.qkv_proj is not None and queries is tokens:
-            parts: Sequence[Tensor] = self.qkv_proj(tokens).chunk(3, dim=-1)
+        if self.qkv_proj is not None:
+            parts = list(self.qkv_proj(tokens).chunk(3, dim=-1))
+            if queries is not tokens:
+                parts[0] = self.qkv_proj(queries).chunk(3, dim=-1)[0]
         else:
-            parts = [self._part(part, own) for part, own in enumerate((queries, tokens, tokens))]
+            parts = [self.q_proj(queries), self.k_proj(tokens), self.v_proj(tokens)]
         query, key, value = map(self._by_head, parts)
         # Under autocast a norm gives float32, and some backends take one type alone.
         return self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype), value

@@ -5,40 +5,54 @@ Files do not know of the former: a fused model is saved, and loads a state dict,
 another model with the same outputs, and is saved as that.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .inference import is_plain
+from .inference import is_plain, is_watched
 
 PARTS = ("q_proj", "k_proj", "v_proj")
 
 
-class FusedProjections(nn.Linear):
+class FusedProjections(nn.Module):
     """Queries, keys and values of tokens `(..., D)` by one product, `(..., 3 * h * d)`.
 
     Args:
-        parts: the three projections. Those without a bias get one of zeros if another has one.
+        parts: the three projections; a part without a bias has none here either.
     """
 
     def __init__(self, parts: Iterable[nn.Linear]) -> None:
+        super().__init__()
         query, key, value = parts
-        self.biased = tuple(part.bias is not None for part in (query, key, value))
-        super().__init__(query.in_features, 3 * query.out_features, bias=any(self.biased), device="meta")
         trained = query.weight.requires_grad
+        self.biased = tuple(part.bias is not None for part in (query, key, value))
         joined = torch.cat([part.weight.detach() for part in (query, key, value)])
         self.weight = nn.Parameter(joined, requires_grad=trained)
-        if any(self.biased):
-            zeros = torch.zeros_like(query.weight[:, 0])
-            biases = [zeros if part.bias is None else part.bias.detach() for part in (query, key, value)]
-            self.bias = nn.Parameter(torch.cat(biases), requires_grad=trained)
+        biases = [part.bias.detach() for part in (query, key, value) if part.bias is not None]
+        self.bias = nn.Parameter(torch.cat(biases), requires_grad=trained) if biases else None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Project tokens."""
+        return F.linear(tokens, self.weight, self._whole_bias())
 
     def part(self, index: int) -> tuple[Tensor, Tensor | None]:
         """Weight `(h * d, D)` and bias `(h * d,)` of queries (0), keys (1) or values (2); views."""
-        bias = self.bias.chunk(3)[index] if self.biased[index] else None
-        return self.weight.chunk(3)[index], bias
+        return self.weight.chunk(3)[index], self._biases()[index]
+
+    def _biases(self) -> list[Tensor | None]:
+        """The bias of each part, or None."""
+        left = iter(() if self.bias is None else self.bias.chunk(sum(self.biased)))
+        return [next(left) if biased else None for biased in self.biased]
+
+    def _whole_bias(self) -> Tensor | None:
+        """One bias for all, of zeros where a part has none."""
+        if self.bias is None or all(self.biased):
+            return self.bias
+        zeros = torch.zeros_like(self.weight.chunk(3)[0][:, 0])
+        return torch.cat([zeros if bias is None else bias for bias in self._biases()])
 
     def apart(self) -> dict[str, nn.Linear]:
         """Three projections of their own again, by name."""
@@ -53,11 +67,25 @@ class FusedProjections(nn.Linear):
         return made
 
 
-def check_plain(purpose: str, projections: Iterable[nn.Module]) -> None:
+def is_fused(attention: Any) -> bool:
+    """Whether an attention has one projection, which nobody has put anything into the place of, or watches."""
+    fused = attention.qkv_proj
+    exact = type(fused) is FusedProjections and type(fused.weight) is nn.Parameter
+    return exact and not is_watched(fused)
+
+
+def check_plain(purpose: str, projections: Sequence[nn.Module]) -> None:
     """Raise ValueError for a projection that is more than its weights: adapted, quantised, sharded or watched."""
     for one in projections:
         if not is_plain(one):
             raise ValueError(f"Expected nn.Linear without adapters or hooks to {purpose}, got {type(one).__name__}")
+
+
+def check_trained_alike(attention: Any) -> None:
+    """Raise ValueError where a part is trained and another is not: they will be one parameter."""
+    trained = {name: p.requires_grad for part in PARTS for name, p in getattr(attention, part).named_parameters(part)}
+    if len(set(trained.values())) > 1:
+        raise ValueError(f"Expected projections that are all trained or all frozen to fuse, got {trained}")
 
 
 def fuse(attention: Any) -> None:
@@ -76,17 +104,22 @@ def unfuse(attention: Any) -> None:
 
 
 def split_state(attention: Any, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    """Hook of a state dict: one projection under the names of three."""
+    """Hook of a state dict: one projection under the names of three, where these would stand."""
     fused = attention.qkv_proj
     if fused is None:
         return
-    for kind in ("weight", "bias"):
-        joined = state_dict.pop(f"{prefix}qkv_proj.{kind}", None)
-        if joined is None:
-            continue
-        for name, values, biased in zip(PARTS, joined.chunk(3), fused.biased, strict=True):
-            if kind == "weight" or biased:
-                state_dict[f"{prefix}{name}.{kind}"] = values.clone()  # a file holds no part of another tensor
+    _check_own(fused)
+    own = {name: state_dict.pop(name) for name in [key for key in state_dict if key.startswith(prefix)]}
+    joined = {kind: own.pop(f"{prefix}qkv_proj.{kind}", None) for kind in ("weight", "bias")}
+    children = {name: value for name, value in own.items() if "." in name.removeprefix(prefix)}
+    state_dict.update({name: value for name, value in own.items() if name not in children})
+    weights = joined["weight"].chunk(3)
+    biases = iter(() if joined["bias"] is None else joined["bias"].chunk(sum(fused.biased)))
+    for name, weight, biased in zip(PARTS, weights, fused.biased, strict=True):
+        state_dict[f"{prefix}{name}.weight"] = weight.clone()  # a file holds no part of another tensor
+        if biased:
+            state_dict[f"{prefix}{name}.bias"] = next(biases).clone()
+    state_dict.update(children)
 
 
 def join_state(attention: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -94,14 +127,21 @@ def join_state(attention: Any, state_dict: dict[str, Any], prefix: str, *_: Any)
     fused = attention.qkv_proj
     if fused is None:
         return
-    for kind in ("weight", "bias"):
-        names = [f"{prefix}{name}.{kind}" for name in PARTS]
-        wanted = [kind == "weight" or biased for biased in fused.biased]
-        if not any(wanted) or not all(name in state_dict for name, own in zip(names, wanted, strict=True) if own):
-            continue
-        like = next(state_dict[name] for name, own in zip(names, wanted, strict=True) if own)
-        parts = [state_dict.pop(n) if own else torch.zeros_like(like) for n, own in zip(names, wanted, strict=True)]
-        state_dict[f"{prefix}qkv_proj.{kind}"] = torch.cat(parts)
+    _check_own(fused)
+    biased = [name for name, own in zip(PARTS, fused.biased, strict=True) if own]
+    for kind, parts in (("weight", list(PARTS)), ("bias", biased)):
+        names = [f"{prefix}{name}.{kind}" for name in parts]
+        if names and all(name in state_dict for name in names):
+            state_dict[f"{prefix}qkv_proj.{kind}"] = torch.cat([state_dict.pop(name) for name in names])
+
+
+def _check_own(fused: Any) -> None:
+    """Raise ValueError for what an adapter or another wrapper has put in the place of the fused projection."""
+    if not isinstance(fused, FusedProjections):
+        raise ValueError(
+            f"Expected the projections of fuse_qkv_projections, got {type(fused).__name__}: adapt a model after "
+            "unfuse_qkv_projections"
+        )
 
 
 @torch.no_grad()
@@ -119,13 +159,17 @@ class FusingMixin:
         """Compute queries, keys and values by one product: fewer kernels to start, the same outputs.
 
         Parameters are others then, `qkv_proj` in each block, so an optimizer has to be made afterwards. A saved model,
-        and a state dict, hold three projections as ever.
+        and a state dict, hold three projections as ever. Made for inference: adapters, and checkpoints of sharded
+        trainings, look for parameters by their names, and need `unfuse_qkv_projections` first.
 
         Raises:
-            ValueError: if a projection is adapted (LoRA), quantised, sharded or watched by a hook.
+            ValueError: if a projection is adapted (LoRA), quantised, sharded or watched by a hook, or trained where
+                another is frozen.
         """
         separate = [layer.attention for layer in self._blocks() if layer.attention.qkv_proj is None]
         check_plain("fuse", [getattr(attention, name) for attention in separate for name in PARTS])
+        for attention in separate:
+            check_trained_alike(attention)
         for attention in separate:
             fuse(attention)
 

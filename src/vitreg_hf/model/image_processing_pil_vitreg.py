@@ -134,6 +134,14 @@ class ViTRegImageProcessorMixin(BaseImageProcessor):
             raise ValueError(f"expected a processor file that holds a dictionary, got {type(options).__name__}")
         return options, unused
 
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a processor of saved options; a budget among `kwargs` is in place of a saved size and crop."""
+        if kwargs.get("max_num_patches") is not None:
+            replaced = {"size", "crop_size", "do_center_crop"}
+            image_processor_dict = {k: v for k, v in image_processor_dict.items() if k not in replaced}
+        return super().from_dict(image_processor_dict, **kwargs)
+
     def preprocess(
         self,
         images: ImageInput,

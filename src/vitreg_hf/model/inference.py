@@ -2,6 +2,7 @@
 """What a pass may do that is watched by nobody: no gradient, no compiler, no hook."""
 
 import torch
+import torch.nn.modules.module as _of_all  # where hooks of all modules are kept
 from torch import Tensor, nn
 
 
@@ -12,7 +13,8 @@ def is_tracing() -> bool:
 
 def is_watched(*modules: nn.Module) -> bool:
     """Whether somebody sees what goes into these modules or comes out of them, or has put something in their place."""
-    return any(
+    everywhere = _of_all._global_forward_hooks or _of_all._global_forward_pre_hooks
+    return bool(everywhere) or any(
         module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)  # Accelerate replaces it
         for module in modules
     )

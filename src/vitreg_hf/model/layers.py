@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, GELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import ViTRegAttention
@@ -26,9 +26,6 @@ Branch = Callable[[Tensor, Tensor | None], Tensor]
 PackedBranch = Callable[[Tensor, Packing], Tensor]
 
 # MLP
-
-# Activations that PyTorch computes in place, by their approximation.
-_GELU = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
 
 
 class ViTRegFeedForward(nn.Module):
@@ -53,6 +50,11 @@ class ViTRegFeedForward(nn.Module):
         raise NotImplementedError
 
 
+def _is_gelu(activation: nn.Module) -> bool:
+    """Whether it is the exact GELU, which PyTorch computes in place too."""
+    return type(activation) is GELUActivation and activation.act is F.gelu
+
+
 class ViTRegMLP(ViTRegFeedForward):
     """Two projections with an activation between them."""
 
@@ -61,13 +63,12 @@ class ViTRegMLP(ViTRegFeedForward):
         inner = cast(int, config.intermediate_size)
         self.up_proj = nn.Linear(config.hidden_size, inner, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.gelu = _GELU.get(config.hidden_act)
         self.down_proj = nn.Linear(inner, config.hidden_size, bias=config.mlp_bias)
 
     def neurons(self, hidden_states: Tensor) -> Tensor:
         projected = self.up_proj(hidden_states)
-        if self.gelu is not None and may_overwrite(projected, self.up_proj, self.act_fn):
-            return torch.ops.aten.gelu_(projected, approximate=self.gelu)
+        if may_overwrite(projected, self.up_proj, self.act_fn) and _is_gelu(self.act_fn):
+            return torch.ops.aten.gelu_(projected)
         return self.act_fn(projected)
 
 

@@ -248,8 +248,8 @@ class ViTRegModel(PackedModelMixin, RecordingMixin, ViTRegPreTrainedModel):
             output_prefix_attentions: return `prefix_attentions`, for all layers or for those listed.
             output_tokens: False computes of the last layer what the pooling of the config reads, unless hidden states
                 or attention are asked for: with pooling `cls` that of CLS alone, which takes from the other tokens
-                through the weights (see `pooled_attention.py`). Outputs are equal; tokens that were not computed are
-                None, `last_hidden_state` among them.
+                through the weights (see `pooled_attention.py`). Outputs are equal but for rounding; tokens that were
+                not computed are None, `last_hidden_state` among them.
 
         Returns:
             `ViTRegModelOutput`.

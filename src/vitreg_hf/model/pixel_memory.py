@@ -79,9 +79,10 @@ def _grey_levels(image: PIL.Image.Image) -> np.ndarray:
 def _pillow_memory(image: PIL.Image.Image) -> Tensor | None:
     """The memory of an RGB image, uint8 `(H, W, 4)` with a fourth channel to be ignored.
 
-    None where it cannot be had: in older Pillow, and of images above 16 MB, which Pillow keeps in several blocks.
+    None where it cannot be had: in older Pillow, of images above 16 MB, which Pillow keeps in several blocks, and
+    where PILLOW_ALIGNMENT leaves room behind each row.
     """
-    if image.mode != "RGB" or not hasattr(image, "__arrow_c_array__"):
+    if image.mode != "RGB" or not hasattr(image, "__arrow_c_array__") or PIL.Image.core.get_alignment() != 1:
         return None
     try:
         _, capsule = image.__arrow_c_array__()

@@ -142,6 +142,11 @@ def model_size(processor: ViTRegImageProcessor) -> tuple[int, int]:
     Raises:
         ValueError: if they depend on the image.
     """
+    if processor.max_num_patches is not None:
+        raise ValueError(
+            "Expected an image processor with a fixed height and width, got one that keeps the aspect ratio up to "
+            f"max_num_patches={processor.max_num_patches}"
+        )
     size = dict(processor.crop_size if processor.do_center_crop else processor.size)
     if not {"height", "width"} <= size.keys():
         raise ValueError(f"Expected an image processor with a fixed height and width, got size={size} and no crop")

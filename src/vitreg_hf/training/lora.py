@@ -40,7 +40,7 @@ def add_lora(
         registers: train the registers, too.
 
     Raises:
-        ValueError: without peft, if the model has matrices already, for registers of a model without, or a rank or
+        ValueError: without peft, if the model has matrices already or is fused, for registers of a model without, or a rank or
             dropout out of range.
     """
     if rank < 1 or not 0 <= dropout < 1 or alpha <= 0:
@@ -54,6 +54,8 @@ def add_lora(
         raise ValueError('Expected peft for LoRA, got no such package: pip install "vitreg_hf[train]"') from error
     if _adapted(model):
         raise ValueError("Expected a model without LoRA, got one with it: merge it first")
+    if any(name.endswith(".qkv_proj") for name, _ in model.vitreg.named_modules()):
+        raise ValueError("Expected a model with three projections for LoRA, got a fused one: unfuse_qkv_projections()")
     wanted = {*ATTENTION_PROJECTIONS, *(MLP_PROJECTIONS if mlp else ())}
     present = {name.rpartition(".")[2] for name, _ in model.vitreg.layers.named_modules()}
     scale: Any = alpha  # declared a whole number by peft, which only divides it
