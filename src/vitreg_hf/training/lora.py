@@ -40,8 +40,8 @@ def add_lora(
         registers: train the registers, too.
 
     Raises:
-        ValueError: without peft, if the model has matrices already or is fused, for registers of a model without, or a rank or
-            dropout out of range.
+        ValueError: without peft, if the model has matrices already or is fused, for registers of a model without, or
+            a rank or dropout out of range.
     """
     if rank < 1 or not 0 <= dropout < 1 or alpha <= 0:
         raise ValueError(f"Expected rank >= 1, alpha > 0 and dropout in [0, 1), got {rank}, {alpha} and {dropout}")
