@@ -54,7 +54,7 @@ MODEL_IMPORTS = {
     "packed_model": {"outputs", "packing", "token_layout"},
     "modeling_vitreg": {
         *("attention", "checkpoint_checks", "configuration_vitreg", "embeddings", "fusing", "layers", "outputs"),
-        *("packed_model", "position_embedding", "recording", "token_layout"),
+        *("inference", "packed_model", "position_embedding", "recording", "token_layout"),
     },
     "image_processing_pil_vitreg": {"image_inputs", "patch_budget", "processor_checks"},
     "image_processing_vitreg": {

@@ -15,6 +15,8 @@ from vitreg_hf import (
     ViTRegForSemanticSegmentation,
     ViTRegModel,
 )
+from vitreg_hf.model import inference
+from vitreg_hf.model.embeddings import ViTRegEmbeddings
 
 POOLINGS = {"cls": 1, "cls_register_mean": 5, "mean": None, "cls_mean": None}  # tokens of the last layer
 BLOCKS = [
@@ -263,3 +265,55 @@ def test_an_activation_that_was_put_in_place_is_used(make_config):
     mlp, tokens = ViTRegModel(make_config()).layers[0].mlp, torch.randn(2, 5, 32)
     mlp.act_fn = torch.nn.ReLU()
     assert torch.equal(mlp(tokens), mlp.down_proj(mlp.up_proj(tokens).relu()))
+
+
+@pytest.mark.parametrize("pooling", ["cls", "cls_register_mean"])
+@torch.no_grad()
+def test_a_batch_too_large_for_the_caches_is_computed_in_pieces(make_config, padded, pooling, monkeypatch):
+    model = ViTRegForImageClassification(make_config(pooling=pooling, use_mask_token=True)).eval()
+    pixels, mask = torch.randn(7, 3, 32, 48), padded[[0, 1, 2, 0, 1, 2, 0]]
+    masked, sizes = torch.rand(7, 24) < 0.3, []
+    embed = ViTRegEmbeddings.forward
+
+    def counted(self, pixel_values, *args, **kwargs):
+        sizes.append(len(pixel_values))
+        return embed(self, pixel_values, *args, **kwargs)
+
+    monkeypatch.setattr(ViTRegEmbeddings, "forward", counted)
+    for inputs in ({}, {"pixel_mask": mask}, {"pixel_mask": mask, "bool_masked_pos": masked}):
+        run = model if "bool_masked_pos" not in inputs else model.vitreg
+        monkeypatch.setattr(inference, "_CACHED_BYTES", 2**23)
+        at_once = run(pixels, output_tokens=False, **inputs)
+        monkeypatch.setattr(inference, "_CACHED_BYTES", 3 * 29 * 4 * model.config.intermediate_size)  # three images
+        sizes.clear()
+        in_pieces = run(pixels, output_tokens=False, **inputs)
+        assert sizes == [3, 3, 1]
+        assert in_pieces.keys() == at_once.keys()
+        torch.testing.assert_close(in_pieces.to_tuple(), at_once.to_tuple(), atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_seen_is_computed_at_once(make_config, monkeypatch):
+    """By a hook, with a gradient, in training, or where tokens are given back."""
+    monkeypatch.setattr(inference, "_CACHED_BYTES", 1)
+    model, pixels, seen = ViTRegForImageClassification(make_config()).eval(), torch.randn(4, 3, 32, 32), []
+    at_once = model.vitreg._images_at_once
+    with torch.no_grad():
+        assert at_once(pixels) == 1
+        hook = model.vitreg.layers[1].register_forward_hook(lambda *call: seen.append(len(call[-1])))
+        model(pixels, output_tokens=False)
+        assert seen == [4]
+        hook.remove()
+        assert at_once(pixels[:1]) is None
+        model.train()
+        assert at_once(pixels) is None
+        model.eval()
+        model.config.pooling = "mean"
+        assert at_once(pixels) is None
+        model.config.pooling = "cls"
+    assert at_once(pixels) is None
+
+
+@pytest.mark.parametrize(("images", "at_once"), [(1, 1), (8, 8), (9, 5), (17, 6), (32, 8)])
+def test_pieces_are_of_nearly_one_size(images, at_once, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert inference.in_cache(images, 2**20) == at_once  # 8 of them are 8 MB

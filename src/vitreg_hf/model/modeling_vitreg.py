@@ -12,6 +12,7 @@ import operator
 import os
 import pathlib
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any, cast
 
 import torch
@@ -33,6 +34,7 @@ from .checkpoint_checks import check_checkpoint
 from .configuration_vitreg import ViTRegConfig
 from .embeddings import Embedded, ViTRegEmbeddings
 from .fusing import FusingMixin
+from .inference import in_cache, is_tracing
 from .layers import ViTRegLayer, ViTRegLayerScale
 from .outputs import (
     ViTRegBackboneOutput,
@@ -44,7 +46,7 @@ from .outputs import (
 )
 from .packed_model import PackedClassifierMixin, PackedModelMixin
 from .position_embedding import Rotation
-from .recording import RecordingMixin, aligned, selected
+from .recording import RecordingMixin, aligned, is_watched_inside, selected
 from .token_layout import TokenLayout
 
 LayerSelection = bool | int | Sequence[int]
@@ -261,9 +263,6 @@ class ViTRegModel(PackedModelMixin, RecordingMixin, ViTRegPreTrainedModel):
         kwargs = self._read(kwargs)
         if pixel_values is None:
             raise ValueError("Expected pixel_values of shape (batch, channels, height, width), got None")
-        embedded = self.embeddings(pixel_values, bool_masked_pos=bool_masked_pos, pixel_mask=pixel_mask)
-        patch_mask = embedded.patch_mask
-        token_mask = None if patch_mask is None else self.layout.token_mask(patch_mask)
         prefix_layers = self._prefix_layers(output_prefix_attentions)
         wanted = {
             "output_attentions": self._or_config("output_attentions", output_attentions),
@@ -271,6 +270,17 @@ class ViTRegModel(PackedModelMixin, RecordingMixin, ViTRegPreTrainedModel):
             "output_prefix_attentions": prefix_layers,
         }
         whole = output_tokens is not False or any(wanted.values())
+        if not whole and (at_once := self._images_at_once(pixel_values)) is not None:
+            inputs = (pixel_values, bool_masked_pos, pixel_mask)
+            pieces = zip(*(repeat(None) if one is None else one.split(at_once) for one in inputs), strict=False)
+            outputs = [ViTRegModel.forward(self, *own, output_tokens=False, return_dict=True) for own in pieces]
+            fields: dict[str, Any] = {
+                name: torch.cat([one[name] for one in outputs]) for name, _ in outputs[0].items()
+            }
+            return ViTRegModelOutput(**fields)
+        embedded = self.embeddings(pixel_values, bool_masked_pos=bool_masked_pos, pixel_mask=pixel_mask)
+        patch_mask = embedded.patch_mask
+        token_mask = None if patch_mask is None else self.layout.token_mask(patch_mask)
         num_tokens = None if whole else self._num_tokens_read(token_mask)
         encoded = self._run_layers(
             embedded.tokens, token_mask, _rotations([embedded]), num_tokens, **wanted, return_dict=True, **kwargs
@@ -321,6 +331,19 @@ class ViTRegModel(PackedModelMixin, RecordingMixin, ViTRegPreTrainedModel):
         masks = token_mask is None or self.config._attn_implementation in ("eager", "sdpa")
         last = cast(ViTRegLayer, self.layers[-1])
         return self.layout.num_pooled(self.config.pooling) if masks and last.mlp.register_neurons is None else None
+
+    def _images_at_once(self, pixel_values: Tensor) -> int | None:
+        """How many images of a batch are better computed at once than all, where that makes no difference but in time
+        and memory: on a CPU, without gradients, for outputs that are small, unseen by hooks. None for all."""
+        if pixel_values.device.type != "cpu" or pixel_values.ndim != 4 or self.training or torch.is_grad_enabled():
+            return None
+        if is_tracing() or is_watched_inside(self) or self._num_tokens_read(None) is None:
+            return None
+        batch_size, _, height, width = pixel_values.shape
+        num_tokens = self.layout.num_tokens(height, width)
+        element = self.embeddings.patch_embeddings.projection.weight.element_size()
+        at_once = in_cache(batch_size, num_tokens * cast(int, self.config.intermediate_size) * element)
+        return at_once if at_once < batch_size else None
 
     @capture_outputs(tie_last_hidden_states=False)
     def _run_layers(

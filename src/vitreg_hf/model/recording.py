@@ -61,6 +61,14 @@ class RecordedModule(nn.Module):
                 seen.add(key)
 
 
+def is_watched_inside(model: nn.Module) -> bool:
+    """Whether somebody sees what modules of a model take or give, other than by asking the model for it."""
+    return any(
+        module._forward_pre_hooks or any(_key(hook) is None for hook in module._forward_hooks.values())
+        for module in model.modules()
+    )
+
+
 class RecordingMixin:
     """For a model whose modules are recorded: hooks from the start, once each, also in copies.
 

@@ -39,6 +39,11 @@ class TokenLayout:
         """How many tokens a pooling of the config reads, which are the first; None for all."""
         return {"cls": self.num_cls, "cls_register_mean": self.num_cls + self.num_registers}.get(pooling)
 
+    def num_tokens(self, height: int, width: int) -> int:
+        """Tokens of an image of H x W pixels, a patch that its edge cuts among them."""
+        patch_height, patch_width = self.patch_size
+        return self.num_prefix + -(-height // patch_height) * -(-width // patch_width)
+
     # Tokens
 
     def first(self, tokens: Tensor, count: int | None) -> Tensor:
