@@ -13,10 +13,15 @@ def is_tracing() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+def are_all_watched() -> bool:
+    """Whether hooks of all modules see values. Those with which PyTorch counts operations only follow the modules."""
+    hooks = (*_of_all._global_forward_hooks.values(), *_of_all._global_forward_pre_hooks.values())
+    return any(getattr(hook, "__module__", None) != "torch.utils.module_tracker" for hook in hooks)
+
+
 def is_watched(*modules: nn.Module) -> bool:
     """Whether somebody sees what goes into these modules or comes out of them, or has put something in their place."""
-    everywhere = _of_all._global_forward_hooks or _of_all._global_forward_pre_hooks
-    return bool(everywhere) or any(
+    return are_all_watched() or any(
         module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)  # Accelerate replaces it
         for module in modules
     )

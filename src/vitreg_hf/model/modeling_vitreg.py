@@ -34,7 +34,7 @@ from .checkpoint_checks import check_checkpoint
 from .configuration_vitreg import ViTRegConfig
 from .embeddings import Embedded, ViTRegEmbeddings
 from .fusing import FusingMixin
-from .inference import in_cache, is_tracing
+from .inference import are_all_watched, in_cache, is_tracing
 from .layers import ViTRegLayer, ViTRegLayerScale
 from .outputs import (
     ViTRegBackboneOutput,
@@ -337,7 +337,7 @@ class ViTRegModel(PackedModelMixin, RecordingMixin, ViTRegPreTrainedModel):
         and memory: on a CPU, without gradients, for outputs that are small, unseen by hooks. None for all."""
         if pixel_values.device.type != "cpu" or pixel_values.ndim != 4 or self.training or torch.is_grad_enabled():
             return None
-        if is_tracing() or is_watched_inside(self) or self._num_tokens_read(None) is None:
+        if is_tracing() or are_all_watched() or is_watched_inside(self) or self._num_tokens_read(None) is None:
             return None
         batch_size, _, height, width = pixel_values.shape
         num_tokens = self.layout.num_tokens(height, width)
