@@ -47,22 +47,26 @@ class Benchmark(NamedTuple):
     goal: Callable[[Row], float]
     setting: Callable[[Row], str]
     peers: Sequence[str]
+    ratios: Callable[[Row], Mapping[str, Any]] = lambda row: row["speedup_over"]
 
     def comparisons(self) -> Iterator[Comparison]:
-        """Every row against its fastest peer, if the file is there."""
+        """Every row of a whole network against its fastest peer, if the file is there."""
         path = RESULTS / self.file
         for row in json.loads(path.read_text())["rows"] if path.exists() else []:
-            ratios = {name: ratio for name, ratio in row["speedup_over"].items() if name in self.peers}
-            if ratios:
+            ratios = {name: ratio for name, ratio in self.ratios(row).items() if name in self.peers}
+            if ratios and row.get("layers") in (None, 12):
                 fastest = min(ratios, key=lambda name: ratios[name]["median"])
                 yield Comparison(self.group, self.setting(row), fastest, ratios[fastest], self.goal(row), row)
 
 
 def of_network(row: Row) -> str:
     """Family and size of a row, and how it was run."""
-    compiled = ", compiled" if row["compile"] else ""
+    how = [", compiled"] if row["compile"] else []
+    how += [f", {row['device']} {row['dtype']}"] if (row["device"], row["dtype"]) != ("cpu", "float32") else []
+    how += [f", {row['threads']} threads"] if row["threads"] != 1 else []
+    how += [f", {row['image_size']} px"] if row["image_size"] != 224 else []
     family = {"dinov2": "DINOv2", "dinov3": "DINOv3"}[row.get("family", "dinov2")]
-    return f"{family}-{row['size'][0].upper()}{compiled}, batch {row['batch_size']}"
+    return f"{family}-{row['size'][0].upper()}{''.join(how)}, batch {row['batch_size']}"
 
 
 def of_step(row: Row) -> str:
@@ -77,10 +81,25 @@ def of_sizes(row: Row) -> str:
     return f"{row['pass']}, {row['batch_size']} images of {least} to {most} patches"
 
 
+ONNX = "onnx_speedup_over_transformers"
 PEERS = ("transformers", "timm")
 STEP_GOALS = {"none": 1.0, "linear": 1.1, "uniform": 1.25}
 BENCHMARKS = (
     Benchmark("pooled_features.json", "One pooled feature", lambda row: 1.1, of_network, PEERS),
+    Benchmark(
+        *(
+            "pooled_features.json",
+            "The same, Transformers by ONNX Runtime, ours by PyTorch",
+            lambda row: 1.1,
+            of_network,
+        ),
+        ("onnx transformers",),
+    ),
+    Benchmark(
+        *("pooled_features.json", "The same, both by ONNX Runtime", lambda row: 1.1, of_network),
+        ("onnx transformers",),
+        lambda row: {"onnx transformers": row[ONNX]} if ONNX in row else {},
+    ),
     Benchmark(
         *("loading.json", "from_pretrained", lambda row: 1.0, lambda row: f"DINOv2-{row['size'][0].upper()}"),
         ("transformers",),
