@@ -282,9 +282,10 @@ def test_a_batch_too_large_for_the_caches_is_computed_in_pieces(make_config, pad
     monkeypatch.setattr(ViTRegEmbeddings, "forward", counted)
     for inputs in ({}, {"pixel_mask": mask}, {"pixel_mask": mask, "bool_masked_pos": masked}):
         run = model if "bool_masked_pos" not in inputs else model.vitreg
-        monkeypatch.setattr(inference, "_CACHED_BYTES", 2**23)
+        monkeypatch.setattr(inference, "_FEWEST_TOKENS", 1024)
         at_once = run(pixels, output_tokens=False, **inputs)
         monkeypatch.setattr(inference, "_CACHED_BYTES", 3 * 29 * 4 * model.config.intermediate_size)  # three images
+        monkeypatch.setattr(inference, "_FEWEST_TOKENS", 1)
         sizes.clear()
         in_pieces = run(pixels, output_tokens=False, **inputs)
         assert sizes == [3, 3, 1]
@@ -295,6 +296,7 @@ def test_a_batch_too_large_for_the_caches_is_computed_in_pieces(make_config, pad
 def test_what_is_seen_is_computed_at_once(make_config, monkeypatch):
     """By a hook, with a gradient, in training, or where tokens are given back."""
     monkeypatch.setattr(inference, "_CACHED_BYTES", 1)
+    monkeypatch.setattr(inference, "_FEWEST_TOKENS", 1)
     model, pixels, seen = ViTRegForImageClassification(make_config()).eval(), torch.randn(4, 3, 32, 32), []
     at_once = model.vitreg._images_at_once
     with torch.no_grad():
@@ -313,7 +315,16 @@ def test_what_is_seen_is_computed_at_once(make_config, monkeypatch):
     assert at_once(pixels) is None
 
 
-@pytest.mark.parametrize(("images", "at_once"), [(1, 1), (8, 8), (9, 5), (17, 6), (32, 8)])
-def test_pieces_are_of_nearly_one_size(images, at_once, monkeypatch):
+@pytest.mark.parametrize(
+    ("images", "tokens", "width", "at_once"),
+    [
+        (1, 261, 384, 1),
+        (8, 261, 384, 4),  # ViT-S/14 at 224 px: 8 MB hold what five images become
+        (32, 261, 384, 5),
+        (8, 261, 768, 4),  # ViT-B: of two images, but these have too few tokens
+        (4, 1374, 768, 1),  # 518 px
+    ],
+)
+def test_pieces_are_of_nearly_one_size(images, tokens, width, at_once, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert inference.in_cache(images, 2**20) == at_once  # 8 of them are 8 MB
+    assert inference.in_cache(images, tokens, 4 * width * 4) == at_once

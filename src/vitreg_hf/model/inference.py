@@ -5,7 +5,7 @@ import torch
 import torch.nn.modules.module as _of_all  # where hooks of all modules are kept
 from torch import Tensor, nn
 
-_CACHED_BYTES = 2**23
+_CACHED_BYTES, _FEWEST_TOKENS = 2**23, 1024  # per thread
 
 
 def is_tracing() -> bool:
@@ -39,9 +39,10 @@ def may_overwrite(values: Tensor, *modules: nn.Module) -> bool:
     return not (values.requires_grad or is_tracing() or is_watched(*modules))
 
 
-def in_cache(batch_size: int, bytes_per_image: int) -> int:
+def in_cache(batch_size: int, num_tokens: int, bytes_per_token: int) -> int:
     """How many images of a batch a CPU should take at once, so that what a block makes of them stays in its caches and
-    in memory that it has already: about 8 MB per thread. In pieces of nearly one size."""
-    at_once = max(_CACHED_BYTES * torch.get_num_threads() // bytes_per_image, 1)
-    pieces = -(-batch_size // at_once)
+    in memory that it has already: about 8 MB per thread, or a thousand tokens, below which matrix products get slower.
+    In pieces of nearly one size."""
+    tokens = max(_CACHED_BYTES // bytes_per_token, _FEWEST_TOKENS) * torch.get_num_threads()
+    pieces = -(-batch_size // max(round(tokens / num_tokens), 1))
     return -(-batch_size // pieces)

@@ -342,7 +342,7 @@ class ViTRegModel(PackedModelMixin, RecordingMixin, ViTRegPreTrainedModel):
         batch_size, _, height, width = pixel_values.shape
         num_tokens = self.layout.num_tokens(height, width)
         element = self.embeddings.patch_embeddings.projection.weight.element_size()
-        at_once = in_cache(batch_size, num_tokens * cast(int, self.config.intermediate_size) * element)
+        at_once = in_cache(batch_size, num_tokens, cast(int, self.config.intermediate_size) * element)
         return at_once if at_once < batch_size else None
 
     @capture_outputs(tie_last_hidden_states=False)
