@@ -138,7 +138,8 @@ def train(run: Training, batches: Iterator[dict[str, Tensor]]) -> None:
         run.curve = [{"step": 0, "original": measured(run, run.teacher), "student": measured(run, run.student)}]
     for step in range(run.step, total):
         started = time.perf_counter()
-        taken = list(islice(batches, settings.gradient_accumulation_steps))
+        with run.log.waiting():
+            taken = list(islice(batches, settings.gradient_accumulation_steps))
         seed_step(settings.seed, step, run.accelerator.process_index)  # a loader that starts draws a number, too
         train_step(run, taken)
         run.totals[-1] += time.perf_counter() - started

@@ -144,7 +144,8 @@ def train(run: Training, batches: Iterator[CropBatch]) -> None:
     run.curve = run.curve or [{"step": 0, "knn_accuracy": nearest_neighbours(run)}]
     for step in range(run.step, total):
         started = time.perf_counter()
-        taken = list(islice(batches, settings.gradient_accumulation_steps))
+        with run.log.waiting():
+            taken = list(islice(batches, settings.gradient_accumulation_steps))
         seed_step(settings.seed, step, run.accelerator.process_index)  # a loader that starts draws a number, too
         train_step(run, taken)
         run.totals[-1] += time.perf_counter() - started

@@ -160,7 +160,8 @@ def train_epoch(run: Training, batches: Iterator[dict[str, Tensor]], epoch: int)
     train_mode(bare_model(run.accelerator, run.model), run.settings.tuning)
     started = time.perf_counter()
     for step in range(run.step, run.timetable.end_of(epoch + 1)):
-        taken = list(islice(batches, run.settings.gradient_accumulation_steps))
+        with run.log.waiting():
+            taken = list(islice(batches, run.settings.gradient_accumulation_steps))
         seed_step(run.settings.seed, step, run.accelerator.process_index)  # a loader that starts draws a number, too
         done = train_step(run, taken, with_statistics=run.log.due(step + 1))
         images = run.timetable.images_per_step

@@ -132,7 +132,8 @@ def train(run: Training, batches: Iterator[dict[str, Tensor]]) -> dict[str, Any]
         train_mode(run)
         started = time.perf_counter()
         for step in range(run.step, run.timetable.end_of(epoch + 1)):
-            taken = list(islice(batches, settings.gradient_accumulation_steps))
+            with run.log.waiting():
+                taken = list(islice(batches, settings.gradient_accumulation_steps))
             seed_step(settings.seed, step, run.accelerator.process_index)  # a loader that starts draws a number, too
             run.totals[:3] += train_step(run, taken)
             run.totals[3] += time.perf_counter() - started

@@ -130,6 +130,19 @@ def test_time_in_a_pause_is_not_training(tmp_path, monkeypatch):
     assert log.records[0]["images_per_second"] == 64 / 4
 
 
+def test_waiting_for_data_is_a_share_of_the_time(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("vitreg_hf.training.training_log.time.perf_counter", lambda: now[0])
+    with log_in(tmp_path, logging_steps=2) as log:
+        for step in (1, 2, 3, 4):
+            with log.waiting():
+                now[0] += 0.25 if step < 3 else 3.0
+            now[0] += 0.75 if step < 3 else 1.0
+            told(log, step, step)
+            assert log.state()["waited"] == {1: 0.25, 2: 0.0, 3: 3.0, 4: 0.0}[step]
+    assert [record["waiting_for_data"] for record in log.records] == [0.25, 0.75]
+
+
 def test_trackers_get_what_the_file_gets(tmp_path):
     class Listener(GeneralTracker):
         name, requires_logging_directory, tracker = "listener", False, None

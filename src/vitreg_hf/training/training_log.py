@@ -28,7 +28,7 @@ from vitreg_hf.training.trackers import log_to_trackers
 
 LOG_FILE = "training_log.jsonl"
 # What differs between a training and its exact repetition.
-TIMING_FIELDS = ("images_per_second", "memory_megabytes")
+TIMING_FIELDS = ("images_per_second", "waiting_for_data", "memory_megabytes")
 _MOST_RECORDS = 200
 
 Record = dict[str, Any]
@@ -84,7 +84,7 @@ class TrainingLog:
         self._stride, self._made = 1, 0
         self._last: Record | None = None
         self._losses: list[float] = []
-        self._images, self._seconds = 0, 0.0
+        self._images, self._seconds, self._waited = 0, 0.0, 0.0
         self._since = time.perf_counter()
         self._unread: _Unread | None = None
         self._file_is_ready = False
@@ -162,6 +162,15 @@ class TrainingLog:
         finally:
             self._since = time.perf_counter()
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A block that waits for batches: its share of the time is `waiting_for_data` of the next record."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._waited += time.perf_counter() - started
+
     def log_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Send the numbers of an evaluation to the trackers."""
         log_to_trackers(self.accelerator, metrics, step)
@@ -189,6 +198,7 @@ class TrainingLog:
             "losses": list(self._losses),
             "images": self._images,
             "seconds": self._seconds,
+            "waited": self._waited,
             "guard": self.guard.state(),
         }
 
@@ -196,7 +206,7 @@ class TrainingLog:
         """Go on where another log was after `step` updates; records that came later leave the file."""
         self._records, self._stride, self._made = list(state["records"]), state["stride"], state["made"]
         self._last, self._losses = state["last"], list(state["losses"])
-        self._images, self._seconds = state["images"], state["seconds"]
+        self._images, self._seconds, self._waited = state["images"], state["seconds"], state["waited"]
         self.guard.load_state(state["guard"])
         self.bar.initial = self.bar.n = self.bar.last_print_n = step
         self.bar.refresh()
@@ -234,9 +244,10 @@ class TrainingLog:
             "learning_rate": learning_rate,
             **{name: _finite(value) for name, value in _read(named).items()},
             "images_per_second": self._images / self._seconds if self._seconds > 0 else None,
+            "waiting_for_data": self._waited / self._seconds if self._seconds > 0 else None,
             "memory_megabytes": memory_megabytes(self.accelerator.device),
         }
-        self._losses, self._images, self._seconds = [], 0, 0.0
+        self._losses, self._images, self._seconds, self._waited = [], 0, 0.0, 0.0
         self._remember(record)
         log_to_trackers(self.accelerator, {name: record[name] for name in record if name != "step"}, step)
         if self.accelerator.is_main_process:
