@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vitreg_hf.training.training_log import TIMING_FIELDS
+
 CLASSIFY = "train_image_classification"
 TINY = [
     *("--num_hidden_layers", "2", "--hidden_size", "32", "--max_train_samples", "96", "--num_train_epochs", "3"),
@@ -20,7 +22,7 @@ RANDOM = [
     *("--dataloader_num_workers", "2", "--logging_steps", "1"),
 ]
 NEWEST = ["--resume_from_checkpoint", "auto"]
-_TIMES = ("seconds", "images_per_second", "memory_megabytes")
+_TIMES = ("seconds", *TIMING_FIELDS)
 
 
 def checkpoints(folder: Path) -> list[str]:
