@@ -8,14 +8,16 @@
 
 DINOv2 (patch 14, a position table) or DINOv3 (patch 16, rotary positions), both with four registers, from random
 weights that are made in timm and converted, here and then to Transformers; features are compared before anything is
-timed. `all tokens` is this package without `output_tokens=False`. ONNX Runtime runs what `torch.onnx.export` makes of
-our model and of Transformers' (`--onnx`); the ratio of these two is reported beside. Operations are counted, and the
+timed. `all tokens` is this package without `output_tokens=False`, `prepacked` after `prepack_projections()`, on a CPU.
+ONNX Runtime runs what `torch.onnx.export` makes of our model and of Transformers' (`--onnx`). The ratios of these two,
+and those of the peers to the prepacked model, are reported beside. Operations are counted, and the
 peak is of PyTorch's own memory beyond weights and images. On one thread of a CPU the time is that of the thread.
 About ten minutes for ViT-S on a core; writes `benchmarks/results/pooled_features.json`, in which rows of other
 settings stay.
 """
 
 import argparse
+import copy
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,7 +48,7 @@ FAMILIES = {
     "dinov2": ("vit_{}_patch14_reg4_dinov2", 14, "dinov2_with_registers"),
     "dinov3": ("vit_{}_patch16_dinov3", 16, "dinov3_vit"),
 }
-OURS = "vitreg_hf"
+OURS, PREPACKED = "vitreg_hf", "prepacked"
 KEY = ("family", "size", "layers", "image_size", "batch_size", "device", "dtype", "compile", "threads")
 Feature = Callable[[Tensor], Tensor]  # (B, C, H, W) to (B, D)
 
@@ -103,6 +105,10 @@ def features_of(options: argparse.Namespace, folder: Path) -> dict[str, Feature]
         "transformers": lambda pixels: ready["transformers"](pixels).pooler_output,
         "timm": ready["timm"],
     }
+    if options.device == "cpu" and options.dtype != "float16" and not options.compile:
+        packed = copy.deepcopy(ready[OURS])
+        packed.prepack_projections()
+        features[PREPACKED] = lambda pixels: packed(pixels, output_tokens=False).pooler_output
     if options.onnx:
         read_less = {OURS: {"output_tokens": False}, "transformers": {}}
         for name, arguments in read_less.items():
@@ -130,7 +136,7 @@ def models_of(options: argparse.Namespace, folder: Path) -> dict[str, nn.Module]
     return {OURS: ours, "transformers": AutoModel.from_pretrained(folder / "theirs"), "timm": source}
 
 
-def prepared(model: nn.Module, options: argparse.Namespace) -> Callable[..., Any]:
+def prepared(model: nn.Module, options: argparse.Namespace) -> Any:
     """A model as it is timed."""
     model = model.eval().to(options.device, getattr(torch, options.dtype))
     return torch.compile(model) if options.compile else model
@@ -175,6 +181,10 @@ def measure(features: dict[str, Feature], pixels: Tensor, options: argparse.Name
         "peak_megabytes": {name: peak_megabytes(work, options.device) for name, work in counted.items()},
         **compared(seconds, OURS),
     }
+    if PREPACKED in seconds:
+        row["prepacked_speedup_over"] = {
+            name: spread(taken, seconds[PREPACKED]) for name, taken in seconds.items() if name != PREPACKED
+        }
     if options.onnx:
         row["onnx_speedup_over_transformers"] = spread(seconds["onnx transformers"], seconds[f"onnx {OURS}"])
     return row

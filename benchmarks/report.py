@@ -81,56 +81,89 @@ def of_sizes(row: Row) -> str:
     return f"{row['pass']}, {row['batch_size']} images of {least} to {most} patches"
 
 
-ONNX = "onnx_speedup_over_transformers"
-PEERS = ("transformers", "timm")
+def of_size(row: Row) -> str:
+    """The network of a benchmark that has one family alone."""
+    return f"DINOv2-{row['size'][0].upper()}"
+
+
+def of_photos(row: Row) -> str:
+    """What photos come as, and what becomes of them."""
+    return f"{row['photos']} {row['input']}, {row['setting']}"
+
+
+def of_analysis(row: Row) -> str:
+    """The network and the images of an analysis."""
+    return f"ViT-{row['size'][0].upper()}/{row['patch_size']}, {row['image_size']} px"
+
+
+def of_prepacked(row: Row) -> Mapping[str, Any]:
+    """Ratios to our model after `prepack_projections`."""
+    return row.get("prepacked_speedup_over", {})
+
+
+def of_exports(row: Row) -> Mapping[str, Any]:
+    """The ratio of two exports."""
+    ratio = row.get("onnx_speedup_over_transformers")
+    return {} if ratio is None else {"onnx transformers": ratio}
+
+
+def always(goal: float) -> Callable[[Row], float]:
+    """The same goal for every row."""
+    return lambda row: goal
+
+
+PEERS, IN_ONNX = ("transformers", "timm"), ("onnx transformers",)
 STEP_GOALS = {"none": 1.0, "linear": 1.1, "uniform": 1.25}
 BENCHMARKS = (
-    Benchmark("pooled_features.json", "Pooled feature", lambda row: 1.1, of_network, PEERS),
+    Benchmark("pooled_features.json", "Pooled feature", always(1.1), of_network, PEERS),
+    Benchmark("pooled_features.json", "Pooled feature, ours prepacked", always(1.1), of_network, PEERS, of_prepacked),
     Benchmark(
-        *(
-            "pooled_features.json",
-            "Pooled feature, Transformers in ONNX Runtime, ours in PyTorch",
-            lambda row: 1.1,
-            of_network,
-        ),
-        ("onnx transformers",),
+        "pooled_features.json",
+        "Pooled feature, Transformers in ONNX Runtime, ours in PyTorch",
+        always(1.1),
+        of_network,
+        IN_ONNX,
     ),
     Benchmark(
-        *("pooled_features.json", "Pooled feature, both in ONNX Runtime", lambda row: 1.1, of_network),
-        ("onnx transformers",),
-        lambda row: {"onnx transformers": row[ONNX]} if ONNX in row else {},
+        "pooled_features.json",
+        "Pooled feature, Transformers in ONNX Runtime, ours prepacked in PyTorch",
+        always(1.1),
+        of_network,
+        IN_ONNX,
+        of_prepacked,
     ),
     Benchmark(
-        *("loading.json", "Loading, from_pretrained", lambda row: 1.0, lambda row: f"DINOv2-{row['size'][0].upper()}"),
-        ("transformers",),
+        "pooled_features.json", "Pooled feature, both in ONNX Runtime", always(1.1), of_network, IN_ONNX, of_exports
     ),
+    Benchmark("loading.json", "Loading, from_pretrained", always(1.0), of_size, ("transformers",)),
     Benchmark("training_step.json", "A step of training", lambda row: STEP_GOALS[row["schedule"]], of_step, PEERS),
     Benchmark(
-        *("mixed_resolutions.json", "Images of many sizes, without padding", lambda row: 1.5, of_sizes),
+        "mixed_resolutions.json",
+        "Images of many sizes, without padding",
+        always(1.5),
+        of_sizes,
         ("padded", "one by one", "transformers"),
     ),
+    Benchmark("preprocessing.json", "Photos to tensors", always(2.0), of_photos, ("vit", "dinov2")),
     Benchmark(
-        *("preprocessing.json", "Photos to tensors", lambda row: 2.0),
-        lambda row: f"{row['photos']} {row['input']}, {row['setting']}",
-        ("vit", "dinov2"),
-    ),
-    Benchmark(
-        *("attention_maps.json", "Maps of CLS and registers, 518 px, beside full maps", lambda row: 1.0),
-        lambda row: f"DINOv2-{row['size'][0].upper()}, all layers",
+        "attention_maps.json",
+        "Maps of CLS and registers, all layers, 518 px, beside full maps",
+        always(1.0),
+        of_size,
         PEERS,
     ),
     Benchmark(
-        *(
-            "attention_maps.json",
-            "Maps of CLS and registers beside a plain forward pass (goal 1 / 1.15)",
-            lambda row: 1 / 1.15,
-        ),
-        lambda row: f"DINOv2-{row['size'][0].upper()}, all layers",
+        "attention_maps.json",
+        "Maps of CLS and registers, all layers, beside a plain forward pass (goal 1 / 1.15)",
+        always(1 / 1.15),
+        of_size,
         ("plain forward pass",),
     ),
     Benchmark(
-        *("analysis_pass.json", "vitreg analyze beside bare forward passes (goal 1 / 1.3)", lambda row: 1 / 1.3),
-        lambda row: f"ViT-{row['size'][0].upper()}/{row['patch_size']}, {row['image_size']} px",
+        "analysis_pass.json",
+        "vitreg analyze beside bare forward passes (goal 1 / 1.3)",
+        always(1 / 1.3),
+        of_analysis,
         ("forward passes",),
     ),
 )

@@ -42,9 +42,10 @@ MODEL_IMPORTS = {
     "embeddings": {"configuration_vitreg", "inference", "token_layout", "position_embedding", "moved_neurons"},
     "packing": {"position_embedding", "token_layout"},
     "pooled_attention": set(),
-    "fusing": {"inference"},
+    "prepacking": {"inference"},
+    "fusing": {"inference", "prepacking"},
     "attention": {
-        *("configuration_vitreg", "fusing", "inference", "packing", "pooled_attention", "position_embedding"),
+        *("configuration_vitreg", "fusing", "packing", "pooled_attention", "position_embedding", "prepacking"),
         *("recording", "token_layout"),
     },
     "layers": {

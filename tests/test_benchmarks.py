@@ -87,7 +87,8 @@ def test_inference_compares_features_and_counts_operations(tmp_path, capsys):
     rows = json.loads(output.read_text())["rows"]
     assert [(row["batch_size"], row["repetitions"]) for row in rows] == [(1, 1), (2, 2)]  # the former replaced its own
     for row in rows:
-        assert set(row["speedup_over"]) == {"all tokens", "transformers", "timm"}
+        assert set(row["speedup_over"]) == {"all tokens", "prepacked", "transformers", "timm"}
+        assert set(row["prepacked_speedup_over"]) == {"vitreg_hf", "all tokens", "transformers", "timm"}
         assert max(row["largest_difference"].values()) < 1e-4
         counted = row["gflops_per_image"]
         assert counted["vitreg_hf"] < 0.7 * counted["all tokens"]  # most of one of two blocks

@@ -22,7 +22,7 @@ def test_the_code_of_the_readme_runs(make_config, tmp_path):
     ViTRegImageProcessor(size=32).save_pretrained(digits)
     Image.new("RGB", (40, 32)).save(digits / "digit.png")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     run = subprocess.run(
         [sys.executable, "-c", "\n".join(blocks)],
         cwd=tmp_path,

@@ -1,4 +1,4 @@
-"""Runs code in a process of its own with a limit on memory and time, so that a hostile input can only fail a test."""
+"""Small models, compiled ones that count their graphs, and code that runs in a process of its own under limits."""
 
 import json
 import os
@@ -8,6 +8,9 @@ import tempfile
 from typing import Any, NamedTuple
 
 import pytest
+import torch
+
+from vitreg_hf import ViTRegModel
 
 # By default hypothesis leaves a folder in the working directory, and then warns of it, which is an error here.
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "hypothesis_of_vitreg_hf"))
@@ -104,3 +107,35 @@ def bounded():
     runner = Bounded()
     yield runner
     runner.close()
+
+
+@pytest.fixture
+def make_model(make_config):
+    """A small model whose every parameter counts (biases start at zero), ready to be used."""
+
+    def make(model_class=ViTRegModel, **fields):
+        model = model_class(make_config(**fields))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def count_graphs():
+    """Call with a model for it compiled, for any size, and the list that its graphs are put into as they are made."""
+    torch.compiler.reset()
+
+    def make(model):
+        graphs = []
+
+        def counting(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        return torch.compile(model, fullgraph=True, dynamic=True, backend=counting), graphs
+
+    yield make
+    torch.compiler.reset()

@@ -103,15 +103,8 @@ class TestCompile:
 
     @pytest.mark.parametrize("fields", [{}, ROTARY])
     @torch.no_grad()
-    def test_no_recompilation_for_another_size(self, make_config, fields):
-        model = ViTRegForImageClassification(make_config(num_hidden_layers=1, **fields)).eval()
-        graphs = []
-
-        def counting(graph, inputs):
-            graphs.append(graph)
-            return graph.forward
-
-        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counting)
+    def test_no_recompilation_for_another_size(self, make_model, count_graphs, fields):
+        compiled, graphs = count_graphs(make_model(ViTRegForImageClassification, num_hidden_layers=1, **fields))
         # torch itself specialises on a batch of one, and takes sizes that are equal in the first call for one size
         for size in [(2, 3, 48, 24), (4, 3, 24, 56), (5, 3, 72, 40)]:
             compiled(torch.randn(*size))

@@ -20,18 +20,10 @@ BLOCKS = [
 ]
 
 
-def changed(model):
-    """A model whose every parameter counts: biases start at zero."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
 @pytest.mark.parametrize("fields", BLOCKS, ids=str)
 @torch.no_grad()
-def test_fused_projections_give_the_same_outputs(make_config, fields):
-    model = changed(ViTRegModel(make_config(**fields)))
+def test_fused_projections_give_the_same_outputs(make_model, fields):
+    model = make_model(ViTRegModel, **fields)
     fused = copy.deepcopy(model)
     fused.fuse_qkv_projections()
     fused.fuse_qkv_projections()  # nothing is left to do
@@ -47,8 +39,8 @@ def test_fused_projections_give_the_same_outputs(make_config, fields):
 
 @pytest.mark.parametrize("fields", BLOCKS, ids=str)
 @torch.no_grad()
-def test_a_fused_model_is_saved_and_loaded_as_three_projections(make_config, fields, tmp_path):
-    model = changed(ViTRegModel(make_config(**fields)))
+def test_a_fused_model_is_saved_and_loaded_as_three_projections(make_model, fields, tmp_path):
+    model = make_model(ViTRegModel, **fields)
     fused = copy.deepcopy(model)
     fused.fuse_qkv_projections()
     fused.save_pretrained(tmp_path)
@@ -59,7 +51,7 @@ def test_a_fused_model_is_saved_and_loaded_as_three_projections(make_config, fie
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, loaded.get_parameter(name))
 
-    other = changed(ViTRegModel(make_config(**fields)))
+    other = make_model(ViTRegModel, **fields)
     fused.load_state_dict(other.state_dict())
     pixels = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(fused(pixels).pooler_output, other(pixels).pooler_output, atol=1e-5, rtol=1e-5)
@@ -74,8 +66,8 @@ def test_a_state_that_lacks_a_part_is_reported(make_config):
         model.load_state_dict(state)
 
 
-def test_gradients_of_fused_projections(make_config):
-    model = changed(ViTRegForImageClassification(make_config(drop_path_rate=0.3, drop_path_kind="subset"))).train()
+def test_gradients_of_fused_projections(make_model):
+    model = make_model(ViTRegForImageClassification, drop_path_rate=0.3, drop_path_kind="subset").train()
     fused = copy.deepcopy(model)
     fused.fuse_qkv_projections()
     pixels, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
@@ -88,8 +80,8 @@ def test_gradients_of_fused_projections(make_config):
 
 
 @pytest.mark.parametrize("fields", [BLOCKS[1], BLOCKS[2], {"value_bias": False, "qk_norm": True}], ids=str)
-def test_a_part_without_a_bias_has_none_after_training_either(make_config, fields, tmp_path):
-    model = changed(ViTRegForImageClassification(make_config(**fields)))
+def test_a_part_without_a_bias_has_none_after_training_either(make_model, fields, tmp_path):
+    model = make_model(ViTRegForImageClassification, **fields)
     model.fuse_qkv_projections()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     model(torch.randn(4, 3, 32, 32), labels=torch.arange(4)).loss.backward()
@@ -112,8 +104,8 @@ def test_a_part_that_alone_is_frozen_is_refused(make_config, part):
 
 
 @torch.no_grad()
-def test_a_fused_projection_that_is_watched_runs(make_config):
-    model, pixels = changed(ViTRegModel(make_config())), torch.randn(2, 3, 32, 32)
+def test_a_fused_projection_that_is_watched_runs(make_model):
+    model, pixels = make_model(ViTRegModel), torch.randn(2, 3, 32, 32)
     model.fuse_qkv_projections()
     expected, seen = model(pixels, output_tokens=False).pooler_output, []
     model.layers[-1].attention.qkv_proj.register_forward_hook(lambda *call: seen.append(call[-1].shape))
@@ -138,30 +130,22 @@ def test_adapters_are_not_put_beside_fused_projections(make_config):
 
 
 @torch.no_grad()
-def test_fused_projections_compile_for_any_size(make_config):
-    torch.compiler.reset()
-    model = changed(ViTRegForImageClassification(make_config(num_hidden_layers=2)))
+def test_fused_projections_compile_for_any_size(make_model, count_graphs):
+    model = make_model(ViTRegForImageClassification, num_hidden_layers=2)
     model.fuse_qkv_projections()
     model.fold_layer_scale()
-    graphs = []
-
-    def counting(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counting)
+    compiled, graphs = count_graphs(model)
     for size in [(2, 3, 48, 24), (4, 3, 24, 56), (5, 3, 72, 40)]:
         pixels = torch.randn(*size)
         got, expected = compiled(pixels, output_tokens=False).logits, model(pixels).logits
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     assert len(graphs) == 1
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("fields", [{}, {"proj_bias": False, "mlp_bias": False}, {"use_swiglu_ffn": True}], ids=str)
 @torch.no_grad()
-def test_folded_layer_scale_is_another_model_with_the_same_outputs(make_config, fields, tmp_path):
-    model = changed(ViTRegForImageClassification(make_config(layerscale_value=0.5, **fields)))
+def test_folded_layer_scale_is_another_model_with_the_same_outputs(make_model, fields, tmp_path):
+    model = make_model(ViTRegForImageClassification, layerscale_value=0.5, **fields)
     pixels = torch.randn(2, 3, 32, 48)
     expected = model(pixels, output_hidden_states=True)
     model.fold_layer_scale()

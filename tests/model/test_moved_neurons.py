@@ -598,14 +598,9 @@ COMPILED = {"layer, random, keep": {**SHALLOW, **CHOSEN}, "rotary, SwiGLU, large
 @pytest.mark.usefixtures("_fresh_compiler")
 class TestCompiled:
     @torch.no_grad()
-    def test_once_for_all_sizes_and_passes_between(self, make_config):
-        model, graphs = moved(make_config, **SHALLOW, **CHOSEN), []
-
-        def counting(graph, inputs):
-            graphs.append(graph)
-            return graph.forward
-
-        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counting)
+    def test_once_for_all_sizes_and_passes_between(self, make_config, count_graphs):
+        model = moved(make_config, **SHALLOW, **CHOSEN)
+        compiled, graphs = count_graphs(model)
         for size in [(2, 3, 48, 24), (4, 3, 24, 56), (5, 3, 72, 40)]:
             images = torch.randn(*size)
             got = compiled(images)

@@ -14,10 +14,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_vitreg import ViTRegConfig
 from .fusing import PARTS, FusedProjections, is_fused, join_state, split_state
-from .inference import is_plain
 from .packing import Packing
 from .pooled_attention import logits_of, taken_by
 from .position_embedding import Rotation, rotated
+from .prepacking import is_plain
 from .recording import RecordedModule
 from .token_layout import TokenLayout, packed
 

@@ -5,14 +5,15 @@ Files do not know of the former: a fused model is saved, and loads a state dict,
 another model with the same outputs, and is saved as that.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .inference import is_plain, is_watched
+from .inference import is_watched
+from .prepacking import Prepacked, PrepackingMixin, check_plain
 
 PARTS = ("q_proj", "k_proj", "v_proj")
 
@@ -33,10 +34,12 @@ class FusedProjections(nn.Module):
         self.weight = nn.Parameter(joined, requires_grad=trained)
         biases = [part.bias.detach() for part in (query, key, value) if part.bias is not None]
         self.bias = nn.Parameter(torch.cat(biases), requires_grad=trained) if biases else None
+        self.prepacked: Prepacked | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Project tokens."""
-        return F.linear(tokens, self.weight, self._whole_bias())
+        product = F.linear if self.prepacked is None else self.prepacked.product
+        return product(tokens, self.weight, self._whole_bias())
 
     def part(self, index: int) -> tuple[Tensor, Tensor | None]:
         """Weight `(h * d, D)` and bias `(h * d,)` of queries (0), keys (1) or values (2); views."""
@@ -72,13 +75,6 @@ def is_fused(attention: Any) -> bool:
     fused = attention.qkv_proj
     exact = type(fused) is FusedProjections and type(fused.weight) is nn.Parameter
     return exact and not is_watched(fused)
-
-
-def check_plain(purpose: str, projections: Sequence[nn.Module]) -> None:
-    """Raise ValueError for a projection that is more than its weights: adapted, quantised, sharded or watched."""
-    for one in projections:
-        if not is_plain(one):
-            raise ValueError(f"Expected nn.Linear without adapters or hooks to {purpose}, got {type(one).__name__}")
 
 
 def check_trained_alike(attention: Any) -> None:
@@ -152,7 +148,7 @@ def fold(factors: Tensor, projection: nn.Linear) -> None:
         projection.bias.mul_(factors)
 
 
-class FusingMixin:
+class FusingMixin(PrepackingMixin):
     """For models of blocks with `attention`, `mlp` and two LayerScales, in `base_model.layers`."""
 
     def fuse_qkv_projections(self) -> None:

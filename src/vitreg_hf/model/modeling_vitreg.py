@@ -12,7 +12,7 @@ import operator
 import os
 import pathlib
 from collections.abc import Sequence
-from itertools import repeat
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -34,7 +34,7 @@ from .checkpoint_checks import check_checkpoint
 from .configuration_vitreg import ViTRegConfig
 from .embeddings import Embedded, ViTRegEmbeddings
 from .fusing import FusingMixin
-from .inference import are_all_watched, in_cache, is_tracing
+from .inference import are_all_watched, by_pieces, in_cache, is_tracing
 from .layers import ViTRegLayer, ViTRegLayerScale
 from .outputs import (
     ViTRegBackboneOutput,
@@ -271,13 +271,8 @@ class ViTRegModel(PackedModelMixin, RecordingMixin, ViTRegPreTrainedModel):
         }
         whole = output_tokens is not False or any(wanted.values())
         if not whole and (at_once := self._images_at_once(pixel_values)) is not None:
-            inputs = (pixel_values, bool_masked_pos, pixel_mask)
-            pieces = zip(*(repeat(None) if one is None else one.split(at_once) for one in inputs), strict=False)
-            outputs = [ViTRegModel.forward(self, *own, output_tokens=False, return_dict=True) for own in pieces]
-            fields: dict[str, Any] = {
-                name: torch.cat([one[name] for one in outputs]) for name, _ in outputs[0].items()
-            }
-            return ViTRegModelOutput(**fields)
+            run = partial(ViTRegModel.forward, self, output_tokens=False, return_dict=True)
+            return ViTRegModelOutput(**by_pieces(run, (pixel_values, bool_masked_pos, pixel_mask), at_once))
         embedded = self.embeddings(pixel_values, bool_masked_pos=bool_masked_pos, pixel_mask=pixel_mask)
         patch_mask = embedded.patch_mask
         token_mask = None if patch_mask is None else self.layout.token_mask(patch_mask)
@@ -335,15 +330,19 @@ class ViTRegModel(PackedModelMixin, RecordingMixin, ViTRegPreTrainedModel):
     def _images_at_once(self, pixel_values: Tensor) -> int | None:
         """How many images of a batch are better computed at once than all, where that makes no difference but in time
         and memory: on a CPU, without gradients, for outputs that are small, unseen by hooks. None for all."""
-        if pixel_values.device.type != "cpu" or pixel_values.ndim != 4 or self.training or torch.is_grad_enabled():
-            return None
-        if is_tracing() or are_all_watched() or is_watched_inside(self) or self._num_tokens_read(None) is None:
+        divides = pixel_values.device.type == "cpu" and pixel_values.ndim == 4 and not self._is_seen()
+        if not divides or self._num_tokens_read(None) is None:
             return None
         batch_size, _, height, width = pixel_values.shape
         num_tokens = self.layout.num_tokens(height, width)
         element = self.embeddings.patch_embeddings.projection.weight.element_size()
         at_once = in_cache(batch_size, num_tokens, cast(int, self.config.intermediate_size) * element)
         return at_once if at_once < batch_size else None
+
+    def _is_seen(self) -> bool:
+        """Whether somebody learns how often a block ran: gradients, random draws, a compiler or a hook."""
+        alone = not (self.training or torch.is_grad_enabled() or is_tracing())
+        return not alone or are_all_watched() or is_watched_inside(self)
 
     @capture_outputs(tie_last_hidden_states=False)
     def _run_layers(
