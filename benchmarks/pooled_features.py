@@ -8,7 +8,8 @@
 
 DINOv2 (patch 14, a position table) or DINOv3 (patch 16, rotary positions), both with four registers, from random
 weights that are made in timm and converted, here and then to Transformers; features are compared before anything is
-timed. `all tokens` is this package without `output_tokens=False`, `prepacked` after `prepack_projections()`, on a CPU.
+timed. `all tokens` is this package without `output_tokens=False`, `prepacked` after `prepack_projections()`, on a CPU
+and not compiled where the others are.
 ONNX Runtime runs what `torch.onnx.export` makes of our model and of Transformers' (`--onnx`). The ratios of these two,
 and those of the peers to the prepacked model, are reported beside. Operations are counted, and the
 peak is of PyTorch's own memory beyond weights and images. On one thread of a CPU the time is that of the thread.
@@ -105,8 +106,8 @@ def features_of(options: argparse.Namespace, folder: Path) -> dict[str, Feature]
         "transformers": lambda pixels: ready["transformers"](pixels).pooler_output,
         "timm": ready["timm"],
     }
-    if options.device == "cpu" and options.dtype != "float16" and not options.compile:
-        packed = copy.deepcopy(ready[OURS])
+    if options.device == "cpu" and options.dtype != "float16":
+        packed = copy.deepcopy(models[OURS])  # never compiled: a compiled model does not use packed weights
         packed.prepack_projections()
         features[PREPACKED] = lambda pixels: packed(pixels, output_tokens=False).pooler_output
     if options.onnx:
@@ -136,7 +137,7 @@ def models_of(options: argparse.Namespace, folder: Path) -> dict[str, nn.Module]
     return {OURS: ours, "transformers": AutoModel.from_pretrained(folder / "theirs"), "timm": source}
 
 
-def prepared(model: nn.Module, options: argparse.Namespace) -> Any:
+def prepared(model: nn.Module, options: argparse.Namespace) -> Callable[..., Any]:
     """A model as it is timed."""
     model = model.eval().to(options.device, getattr(torch, options.dtype))
     return torch.compile(model) if options.compile else model

@@ -69,6 +69,11 @@ def of_network(row: Row) -> str:
     return f"{family}-{row['size'][0].upper()}{''.join(how)}, batch {row['batch_size']}"
 
 
+def of_eager(row: Row) -> str:
+    """The same for a model of ours that is not compiled."""
+    return of_network(row).replace("compiled", "the peer compiled")
+
+
 def of_step(row: Row) -> str:
     """A step of training and its stochastic depth."""
     rates = {"none": "0", "linear": "0 to 0.3", "uniform": "0.3"}
@@ -116,7 +121,7 @@ PEERS, IN_ONNX = ("transformers", "timm"), ("onnx transformers",)
 STEP_GOALS = {"none": 1.0, "linear": 1.1, "uniform": 1.25}
 BENCHMARKS = (
     Benchmark("pooled_features.json", "Pooled feature", always(1.1), of_network, PEERS),
-    Benchmark("pooled_features.json", "Pooled feature, ours prepacked", always(1.1), of_network, PEERS, of_prepacked),
+    Benchmark("pooled_features.json", "Pooled feature, ours prepacked", always(1.1), of_eager, PEERS, of_prepacked),
     Benchmark(
         "pooled_features.json",
         "Pooled feature, Transformers in ONNX Runtime, ours in PyTorch",
