@@ -107,7 +107,7 @@ def features_of(options: argparse.Namespace, folder: Path) -> dict[str, Feature]
         "timm": ready["timm"],
     }
     if options.device == "cpu" and options.dtype != "float16":
-        packed = copy.deepcopy(models[OURS])  # never compiled: a compiled model does not use packed weights
+        packed: Any = copy.deepcopy(models[OURS])  # never compiled: a compiled model does not use packed weights
         packed.prepack_projections()
         features[PREPACKED] = lambda pixels: packed(pixels, output_tokens=False).pooler_output
     if options.onnx:
