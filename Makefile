@@ -60,7 +60,7 @@ $(FLOOR)/.ready: pyproject.toml
 floor: $(FLOOR)/.ready ## run the tests with the oldest supported Transformers and PyTorch
 	$(ONE_THREAD) $(FLOOR)/bin/python -m pytest -n 2 --dist loadscope -W ignore::DeprecationWarning -W ignore::FutureWarning
 
-benchmark: $(READY) ## measure speed against other implementations: hours; then the tables and the picture
+benchmark: $(READY) ## measure speed against other implementations: about three hours; then the tables and the picture
 	for size in small base; do for how in --onnx --compile; do \
 	$(ONE_THREAD) $(BIN)/python benchmarks/pooled_features.py --size $$size $$how || exit 1; done; done
 	$(ONE_THREAD) $(BIN)/python benchmarks/pooled_features.py --family dinov3 --batch_sizes 1 8

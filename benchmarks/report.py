@@ -7,6 +7,7 @@ Nothing is measured here. Of several peers the fastest is shown, which is the on
 not reached is marked as such.
 """
 
+import argparse
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -174,8 +175,9 @@ BENCHMARKS = (
 )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Draw the picture, write the page, and put the table into the README."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     found = [one for benchmark in BENCHMARKS for one in benchmark.comparisons()]
     picture(found, ROOT / "docs" / "benchmarks.png")
     replace_between(ROOT / "docs" / "benchmarks.md", page(found))
@@ -282,7 +284,9 @@ def picture(found: Sequence[Comparison], path: Path) -> None:
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("time of the fastest peer / ours: right of 1 we are ahead")
-    axes.set_title("dot: median of paired runs; bar: quartiles; black line: goal; red: goal missed", fontsize=10)
+    axes.set_title(
+        "dot: median of paired runs; bar: quartiles; black line: goal; blue: reached, red: missed", fontsize=10
+    )
     save(figure, path)
 
 

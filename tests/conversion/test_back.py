@@ -384,14 +384,23 @@ def test_a_classifier_is_refused_by_layouts_without(layout, save_own, tmp_path):
     assert not (tmp_path / "back").exists()
 
 
-def test_a_classifier_on_cls_alone_is_refused_by_dinov2(save_own, tmp_path):
-    """Its own reads the mean of patches too, so this one would be read as something else, or not at all."""
-    with pytest.raises(ValueError, match="cls"):
-        export_checkpoint(
-            save_own(ViTRegForImageClassification, pooling="mean", **LIKE_DINOV2),
-            tmp_path / "back",
-            layout="dinov2_with_registers",
-        )
+@pytest.mark.parametrize(
+    ("layout", "fields"),
+    [
+        ("dinov2_with_registers", {"pooling": "cls"}),
+        ("dinov2_with_registers", {"pooling": "mean"}),
+        ("dinov2_with_registers", {"pooling": "cls_mean", "num_classifier_layers": 2}),
+        ("transformers_dinov2", {"pooling": "cls", "num_register_tokens": 0}),
+        ("vit", {"pooling": "mean", "num_register_tokens": 0}),
+    ],
+    ids=str,
+)
+def test_a_classifier_on_something_else_is_refused(layout, fields, save_own, tmp_path):
+    """It would be read as another one, or not at all."""
+    source = save_own(ViTRegForImageClassification, **LIKE_DINOV2, **fields)
+    reads = {"vit": "cls"}.get(layout, "cls_mean")
+    with pytest.raises(ValueError, match=f"Expected pooling='{reads}' of one layer.* got '{fields['pooling']}' of"):
+        export_checkpoint(source, tmp_path / "back", layout=layout)
     assert not (tmp_path / "back").exists()
 
 

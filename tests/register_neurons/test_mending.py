@@ -302,7 +302,7 @@ def test_a_folder_that_holds_a_model_is_refused_before_work(source, photos, tmp_
     shutil.copytree(source, tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert main(["registers", str(source), str(photos), str(tmp_path / "out")]) == 2
-    assert "which holds one (overwrite replaces it)" in capsys.readouterr().err
+    assert "which holds one (overwrite=True, or --overwrite, replaces it)" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 

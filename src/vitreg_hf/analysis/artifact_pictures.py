@@ -134,7 +134,8 @@ def _draw_places(
     name, count = subject.name, results["images"]["measured"]
     share = 100 * position_share(records, outliers, grid)
     title = f"{name}: where outliers lie\n{count} images"
-    heading, label = f"{grid[0]} x {grid[1]} patches", "images with an outlier there (%)"
+    heading = f"{grid[0]} x {grid[1]} patches" + ("" if share.any() else ": none anywhere")
+    label = "images with an outlier there (%)"
     maps.token_maps(share[None], [heading], folder / "positions.png", title=title, label=label)
     if subject.layout.num_prefix:
         averages = average_maps(records, grid).numpy()

@@ -60,13 +60,14 @@ def _draw_all_patches(models: Sequence[Compared], results: dict[str, Any], folde
 def _draw_norms(models: Sequence[Compared], looked: Sequence[Pictured], folder: Path) -> None:
     medians = [float(np.median(one.records.norms(one.outliers.state))) or 1.0 for one in models]
     times = [one.norms.numpy() / median for one, median in zip(looked, medians, strict=True)]
+    headings = [f"{one.name}, up to {values.max():.1f}" for one, values in zip(models, times, strict=True)]
     maps.map_sheet(
-        [(one.name, values, "inferno") for one, values in zip(models, times, strict=True)],
+        [(heading, values, "inferno") for heading, values in zip(headings, times, strict=True)],
         looked[0].seen,
         folder / "maps.png",
         captions=[short(name) for name in looked[0].names],
         title="Norms of patches, each in multiples of the model's own median",
-        label=f"norm / median norm of the model\n(brightest: {_BRIGHTEST:.3g} or more)",
+        label=f"norm / median norm of the model\n(brightest: {_BRIGHTEST:.3g} or more, as artifacts have)",
         limits=(0.0, _BRIGHTEST),
     )
 

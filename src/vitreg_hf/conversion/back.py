@@ -147,7 +147,13 @@ def _check_again(folder: Path, layout: str, own: _Own, facts: Mapping[str, Any],
     told = Told(architecture, own.config.num_attention_heads, use_mask_token=own.config.use_mask_token)
     place = folder / writing.weights if writing.weights.endswith(".pth") else folder
     heads = [folder / name for name in writing.apart.values() if (folder / name).is_file()]
-    again = plan_conversion(place, layout, head=heads[0] if heads else None, told=told).config
+    try:
+        again = plan_conversion(place, layout, head=heads[0] if heads else None, told=told).config
+    except ValueError as error:
+        reason = str(error).replace(str(place), "what would be written")
+        raise ValueError(
+            f"Expected a model that the layout {layout} can hold, got one that it cannot: {reason}"
+        ) from error
     wanted, read = computing(own.config, own.has_head), computing(again, own.has_head)
     differing = [
         f"{name}={value!r}, which would be {read[name]!r}"

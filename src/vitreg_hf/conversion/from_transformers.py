@@ -60,6 +60,7 @@ class TransformersLayout:
         generations: names, those of the Hub first.
         backbone: its class without a head.
         classifier: its class for image classification; None if this family cannot hold it, or there is none.
+        pooling: what its classifier reads, as the config here names it.
         dropped: patterns of names that are left out, and why.
         around: model type of the model of images and texts around it.
         reads: what is read of that which is told.
@@ -72,6 +73,7 @@ class TransformersLayout:
     generations: tuple[names.Generation, ...]
     backbone: str
     classifier: str | None = None
+    pooling: str = "cls"
     dropped: Mapping[str, str] = field(default_factory=dict)
     around: str | None = None
     reads: tuple[str, ...] = ("use_mask_token",)
@@ -90,7 +92,7 @@ class TransformersLayout:
         config = ViTRegConfig(
             **own_fields(saved, source),
             use_mask_token=told.use_mask_token and f"{prefix}embeddings.mask_token" in source.tensors,
-            **(head_fields(saved, source) if has_head else {}),
+            **(head_fields(saved, source, self.pooling) if has_head else {}),
         )
         options, notes = from_transformers(source.processor or {}, config.patch_size)
         if source.processor is None:
@@ -115,10 +117,21 @@ class TransformersLayout:
     def write(self, config: ViTRegConfig, has_head: bool, facts: Mapping[str, Any], processor: dict) -> Writing:
         if has_head and self.classifier is None:
             raise ValueError(f"Expected a backbone for {self.title}, got a classifier, which it does not have")
+        if has_head and (config.pooling, config.num_classifier_layers) != (self.pooling, 1):
+            raise ValueError(
+                f"Expected pooling={self.pooling!r} of one layer, which is what {self.classifier} reads, got "
+                f"{config.pooling!r} of {config.num_classifier_layers}"
+            )
         if config.num_register_tokens and self.model_type not in _HAVE_REGISTERS:
             raise ValueError(
                 f"Expected num_register_tokens=0, as {self.backbone} has none, got {config.num_register_tokens}: "
                 "the layout dinov2_with_registers holds them"
+            )
+        expected = "rotary" if self.model_type == "dinov3_vit" else "learned"
+        if config.position_embedding_type != expected:
+            raise ValueError(
+                f"Expected position_embedding_type={expected!r}, as {self.backbone} has it, "
+                f"got {config.position_embedding_type!r}"
             )
         prefix = self.prefix if has_head else ""
         labels: dict[str, Any] = {"id2label": config.id2label, "label2id": config.label2id} if has_head else {}
@@ -187,6 +200,7 @@ LAYOUTS = (
         names.DINOV2,
         "Dinov2WithRegistersModel",
         "Dinov2WithRegistersForImageClassification",
+        "cls_mean",
     ),
     TransformersLayout(
         "transformers_dinov2",
@@ -196,6 +210,7 @@ LAYOUTS = (
         names.DINOV2,
         "Dinov2Model",
         "Dinov2ForImageClassification",
+        "cls_mean",
     ),
     TransformersLayout(
         "dinov3_vit", "DINOv3 of Transformers", "dinov3_vit", "dinov3_vit.", names.DINOV3, "DINOv3ViTModel"
@@ -208,7 +223,7 @@ LAYOUTS = (
         names.VIT,
         "ViTModel",
         "ViTForImageClassification",
-        _OF_VIT,
+        dropped=_OF_VIT,
     ),
     TransformersLayout(
         "clip",

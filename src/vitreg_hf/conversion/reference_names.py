@@ -93,5 +93,8 @@ def head_fields(source: Source, width: int, name: str = f"{HEAD}weight") -> dict
     """Fields that follow from a linear head on CLS of some layers and the mean of the last layer's patches."""
     labels, inputs = shape_of(source, name, 2)
     if inputs % width or not inputs // width >= 2:
-        raise ValueError(f"Expected a linear head on CLS tokens and mean patch of width {width}, got {inputs} inputs")
+        raise ValueError(
+            f"Expected a linear head on the CLS of one or more layers and the mean of patches, of {2 * width} or more "
+            f"inputs, a multiple of {width}, got one of {inputs}"
+        )
     return {"num_labels": labels, "pooling": "cls_mean", "num_classifier_layers": inputs // width - 1}

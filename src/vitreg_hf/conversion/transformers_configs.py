@@ -55,16 +55,19 @@ def own_fields(saved: Any, source: Source) -> dict[str, Any]:
     }
 
 
-def head_fields(saved: Any, source: Source) -> dict[str, Any]:
-    """Fields that follow from a classifier.
+def head_fields(saved: Any, source: Source, pooling: str) -> dict[str, Any]:
+    """Fields that follow from a classifier that reads what a pooling gives.
 
     Raises:
-        ValueError: if it reads anything but CLS, or CLS and the mean of patches.
+        ValueError: if it has another width.
     """
     labels, inputs = shape_of(source, "classifier.weight", 2)
-    pooling = {saved.hidden_size: "cls", 2 * saved.hidden_size: "cls_mean"}.get(inputs)
-    if pooling is None:
-        raise ValueError(f"Expected a classifier on CLS, or on CLS and the mean of patches, got {inputs} inputs")
+    told, expected = {
+        "cls": ("CLS", saved.hidden_size),
+        "cls_mean": ("CLS and the mean of patches", 2 * saved.hidden_size),
+    }[pooling]
+    if inputs != expected:
+        raise ValueError(f"Expected a classifier on {told}, of {expected} inputs, got one of {inputs}")
     names = {index: saved.id2label.get(index, f"LABEL_{index}") for index in range(labels)}
     turned = {name: index for index, name in names.items()}
     return {"pooling": pooling, "id2label": names, "label2id": turned, "problem_type": saved.problem_type}

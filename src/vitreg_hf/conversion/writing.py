@@ -40,7 +40,9 @@ def check_new(final: Path, overwrite: bool = False, sources: Iterable[str | os.P
         raise ValueError(f"Expected a new folder, got {final}, which is a file")
     held = list(final.iterdir()) if final.exists() else []
     if held and not overwrite:
-        raise ValueError(f"Expected a new folder, got {final}, which is there (overwrite replaces it)")
+        raise ValueError(
+            f"Expected a new folder, got {final}, which is there (overwrite=True, or --overwrite, replaces it)"
+        )
     if held and not any(file.name == "config.json" or file.suffix in _OF_WEIGHTS for file in held):
         raise ValueError(f"Expected a folder with a checkpoint to be replaced, got {final}, which holds none")
     for file in sorted(held):

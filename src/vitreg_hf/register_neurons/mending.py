@@ -110,7 +110,10 @@ def mend(source: str, images: str | Path, output: str | Path, settings: MendSett
     """
     settings, folder = settings or MendSettings(), Path(output)
     if (folder / "config.json").exists() and not settings.how.overwrite:
-        raise ValueError(f"Expected a folder without a model, got {folder}, which holds one (overwrite replaces it)")
+        raise ValueError(
+            f"Expected a folder without a model, got {folder}, which holds one (overwrite=True, or --overwrite, "
+            "replaces it)"
+        )
     before = load_to_mend(source)
     all_files = find_images(images, leave_out=folder)
     files = _readable(all_files, settings.how)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from vitreg_hf.analysis.figures.canvas import draw_image, fitted, new_figure, save
 
 _NO_CLASS = np.array([1.0, 1.0, 1.0])
+_GREY, _YELLOW = 7, (1.0, 0.9, 0.2)  # of ten colours the grey one, and what stands in its place
 _IN_LEGEND = 24  # classes: of more, those that cover most
 
 
@@ -59,10 +60,13 @@ def segmentation_figure(
 
 
 def _colours(count: int) -> NDArray[np.float64]:
-    """RGB of each class, `(K, 3)`: of distinct hues, the first one grey, which is often the background."""
+    """RGB of each class, `(K, 3)`: the first one grey, which is often the background; ten that are easily told apart,
+    or distinct hues where there are more."""
+    named = np.delete(colormaps["tab10"](np.arange(10))[:, :3], _GREY, axis=0)
+    few = np.concatenate([named, [_YELLOW]])
     hues = colormaps["gist_rainbow"](np.linspace(0, 1, max(count - 1, 1)))[:, :3]
     order = np.argsort(np.arange(len(hues)) * 0.618 % 1)  # neighbours get hues that lie apart
-    return np.concatenate([[[0.25, 0.25, 0.25]], hues[order]])[:count]
+    return np.concatenate([[[0.25, 0.25, 0.25]], few if count <= len(few) + 1 else hues[order]])[:count]
 
 
 def _painted(classes: NDArray[np.int64], colours: NDArray[np.float64]) -> NDArray[np.uint8]:
