@@ -225,7 +225,7 @@ def evaluate(run: Training) -> dict[str, float | int]:
     with bar:
         for batch in run.held_out:
             with run.accelerator.autocast():
-                logits = model(pixel_values=batch["pixel_values"]).logits
+                logits = model(pixel_values=batch["pixel_values"], output_tokens=False).logits
             logits, labels = run.held_out.gather(logits.float(), batch["labels"])
             accuracy.add_batch(predictions=logits.argmax(dim=-1).cpu(), references=labels.cpu())
             top5.add_batch(predictions=logits.cpu(), references=labels.cpu())
