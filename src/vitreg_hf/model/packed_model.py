@@ -9,10 +9,14 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils.output_capturing import capture_outputs
 
 from .outputs import ViTRegImageClassifierOutput, ViTRegModelOutput
 from .packing import Packing
 from .token_layout import packed
+
+_RECORDED = ("output_attentions", "output_hidden_states", "output_prefix_attentions")
 
 
 class Grouping(NamedTuple):
@@ -117,14 +121,10 @@ class PackedModelMixin:
         rotations = [one.rotation for one in embedded if one.rotation is not None]
         packing = Packing(sizes, tokens.device, rotations, apart=grouping.places is None)
         num_tokens = self._num_tokens_read(None) if output_tokens is False else None
-        states, last = [], len(self.layers) - 1
-        for index, layer in enumerate(self.layers):
-            own = num_tokens if index == last else None
-            tokens = layer(tokens, packing=packing, num_queries=own)
-            if index > last - num_states:
-                states.append(packing.first(own).by_group(tokens))
-        normed = self._normed_by_group(tokens, packing.first(num_tokens))
-        states_of_groups = zip(*states, strict=True) if states else [None] * len(embedded)
+        nothing = dict.fromkeys(_RECORDED, False)
+        encoded = self._run_packed_layers(tokens, packing, num_tokens, num_states, **nothing, return_dict=True)
+        normed = self._normed_by_group(encoded.last_hidden_state, packing.first(num_tokens))
+        states_of_groups = zip(*encoded.hidden_states, strict=True) if num_states else [None] * len(embedded)
         return [
             ViTRegModelOutput(
                 pooler_output=self._pooled(group, None),
@@ -134,14 +134,26 @@ class PackedModelMixin:
             for group, one, hidden_states in zip(normed, embedded, states_of_groups, strict=True)
         ]
 
+    # Nothing is captured, but outside of this the hooks that would do so cannot be compiled by PyTorch 2.11.
+    @capture_outputs(tie_last_hidden_states=False)
+    def _run_packed_layers(
+        self: Any, tokens: Tensor, packing: Packing, num_tokens: int | None, num_states: int, **_: bool
+    ) -> BaseModelOutput:
+        """Tokens `(T, D)` after the last layer, and the last `num_states` states by layer and group."""
+        states: list[Any] = []
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            own = num_tokens if index == last else None
+            tokens = layer(tokens, packing=packing, num_queries=own)
+            if index > last - num_states:
+                states.append(packing.first(own).by_group(tokens))
+        return BaseModelOutput(last_hidden_state=tokens, hidden_states=tuple(states) or None)
+
     def _normed_by_group(self: Any, tokens: Tensor, packing: Packing) -> tuple[Tensor, ...]:
         """Tokens `(T, D)` as they leave the model, by group; a norm that all of them share runs once."""
         if self.cls_norm is None and not self.config.pooled_norm:
             return packing.by_group(self.layernorm(tokens))
         return tuple(self.normed(group) for group in packing.by_group(tokens))
-
-
-_RECORDED = ("output_attentions", "output_hidden_states", "output_prefix_attentions")
 
 
 class PackedClassifierMixin:
