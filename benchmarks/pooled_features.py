@@ -8,13 +8,12 @@
 
 DINOv2 (patch 14, a position table) or DINOv3 (patch 16, rotary positions), both with four registers, from random
 weights that are made in timm and converted, here and then to Transformers; features are compared before anything is
-timed. `all tokens` is this package without `output_tokens=False`, `prepacked` after `prepack_projections()`, on a CPU
-and not compiled where the others are.
-ONNX Runtime runs what `torch.onnx.export` makes of our model and of Transformers' (`--onnx`). The ratios of these two,
-and those of the peers to the prepacked model, are reported beside. Operations are counted, and the
-peak is of PyTorch's own memory beyond weights and images. On one thread of a CPU the time is that of the thread.
-About ten minutes for ViT-S on a core; writes `benchmarks/results/pooled_features.json`, in which rows of other
-settings stay.
+timed. `all tokens` is this package without `output_tokens=False`; `prepacked`, on CPUs, is it after
+`prepack_projections()`, not compiled where the others are. ONNX Runtime runs what `torch.onnx.export` makes of our
+model and of Transformers' (`--onnx`). The ratio of these two, and those to the prepacked model, are reported beside.
+Operations are counted, and the peak is of PyTorch's own memory beyond weights and images. On one thread of a CPU the
+time is that of the thread. About 15 minutes for ViT-S on a core; writes `benchmarks/results/pooled_features.json`,
+in which rows of other settings stay.
 """
 
 import argparse
