@@ -9,14 +9,16 @@ ViT-S/16 with four registers. The areas of a batch are spread evenly from a quar
 the aspect ratios at random from 1:2 to 2:1. `packed` is `ViTRegModel.forward_packed`; `padded` is `ViTRegModel` on
 images that the processor's padding brought to one size, with their `pixel_mask`; `one by one` is a pass per image, in
 training with its backward pass behind it, so that gradients accumulate; `transformers` is `Dinov2WithRegistersModel`
-with the same weights, one by one, because it takes no mask and so cannot be padded. Features are compared before
-anything is timed, gradients too. On one thread of a CPU the time is that of the thread, without waiting for the
-processor.
+with the same weights, one by one, because it takes no mask and so cannot be padded. `prepacked`, in inference on a
+CPU, is `packed` after `prepack_projections()` and with `output_tokens=False`, as the feature is all that is read;
+ratios to it are reported beside. Features are compared before anything is timed, gradients too. On one thread of a CPU
+the time is that of the thread, without waiting for the processor.
 
 About ten minutes on a core; writes `benchmarks/results/mixed_resolutions.json`, in which rows of other settings stay.
 """
 
 import argparse
+import copy
 import math
 import random
 import tempfile
@@ -43,7 +45,7 @@ from transformers import AutoModel
 from vitreg_hf import ViTRegConfig, ViTRegImageProcessor, ViTRegModel, export_checkpoint
 
 PATCH = 16
-OURS = "packed"
+OURS, PREPACKED = "packed", "prepacked"
 Feature = Callable[[], Iterator[Tensor]]  # parts of a batch, `(images, D)`, each with a backward pass of its own
 KEY = ("pass", "most_patches", "batch_size", "hidden_size", "layers", "device", "dtype", "attention", "threads")
 
@@ -58,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         images = images_of(most_patches, options)
         features = features_of(ours, theirs, images)
         for kind in ("inference", "training"):
-            row = {**measure(kind, features, (ours, theirs), options), **describe(images, most_patches)}
+            more = {PREPACKED: prepacked(ours, images)} if (kind, options.device) == ("inference", "cpu") else {}
+            row = {**measure(kind, features | more, (ours, theirs), options), **describe(images, most_patches)}
             print(told(row), flush=True)
             save_rows([row], KEY, options.output, where)  # each at once: the whole takes long
 
@@ -132,6 +135,15 @@ def features_of(ours: Any, theirs: Any, images: Sequence[Tensor]) -> dict[str, F
     }
 
 
+def prepacked(ours: Any, images: Sequence[Tensor]) -> Feature:
+    """The features by a copy that is made for them alone."""
+    model = copy.deepcopy(ours)
+    model.prepack_projections()
+    return lambda: iter(
+        [torch.cat([output.pooler_output for output in model.forward_packed(images, output_tokens=False)])]
+    )
+
+
 # Measuring
 
 
@@ -141,7 +153,7 @@ def measure(
     """Differences, operations, memory, shares of the time, and times, of one kind of pass."""
     works = {name: work_of(kind, feature, models) for name, feature in features.items()}
     differences = check_equal(kind, features, works, models, options.dtype)
-    return {
+    row = {
         "pass": kind,
         "batch_size": options.batch_size,
         "hidden_size": options.hidden_size,
@@ -151,8 +163,11 @@ def measure(
         "gflops": {name: gflops_of(work) for name, work in works.items()},
         "peak_megabytes": {name: memory_of(work, models, options.device) for name, work in works.items()},
         "share_of_time": {name: shares_of(work) for name, work in works.items()} if options.device == "cpu" else {},
-        **compared(alternating(works, options.repetitions, options.device, options.threads, kind), OURS),
     }
+    seconds = alternating(works, options.repetitions, options.device, options.threads, kind)
+    if PREPACKED in seconds:
+        row["prepacked_speedup_over"] = compared(seconds, PREPACKED)["speedup_over"]
+    return {**row, **compared(seconds, OURS)}
 
 
 def work_of(kind: str, feature: Feature, models: Sequence[nn.Module]) -> Work:
@@ -212,7 +227,7 @@ def shares_of(work: Work) -> dict[str, float]:
         work()
     seconds = {"matrix products": 0.0, "attention": 0.0, "all else": 0.0}
     for event in profiled.key_averages():
-        products = any(name in event.key for name in ("aten::addmm", "aten::mm", "convolution"))
+        products = any(name in event.key for name in ("aten::addmm", "aten::mm", "mkldnn::_linear", "convolution"))
         kind = "attention" if "attention" in event.key or "bmm" in event.key else "all else"
         seconds["matrix products" if products else kind] += event.self_cpu_time_total
     return {name: taken / sum(seconds.values()) for name, taken in seconds.items()}

@@ -126,6 +126,7 @@ def always(goal: float) -> Callable[[Row], float]:
 
 
 PEERS, IN_ONNX = ("transformers", "timm"), ("onnx transformers",)
+MANY_SIZES = ("padded", "one by one", "transformers")
 STEP_GOALS = {"none": 1.0, "linear": 1.1, "uniform": 1.25}
 BENCHMARKS = (
     Benchmark("pooled_features.json", "Pooled feature", always(1.1), of_network, PEERS),
@@ -155,7 +156,15 @@ BENCHMARKS = (
         "Images of many sizes, without padding",
         always(1.5),
         of_sizes,
-        ("padded", "one by one", "transformers"),
+        MANY_SIZES,
+    ),
+    Benchmark(
+        "mixed_resolutions.json",
+        "Images of many sizes, prepacked, for CLS alone",
+        always(1.5),
+        of_sizes,
+        MANY_SIZES,
+        of_prepacked,
     ),
     Benchmark("preprocessing.json", "Photos to tensors", always(2.0), of_photos, ("vit", "dinov2")),
     Benchmark(
@@ -183,12 +192,13 @@ BENCHMARKS = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw the picture, write the page, and put the table into the README."""
+    """Draw the picture, write the page, and put the tables into the README and the page on many sizes."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     found = [one for benchmark in BENCHMARKS for one in benchmark.comparisons()]
     picture(found, ROOT / "docs" / "benchmarks.png")
     replace_between(ROOT / "docs" / "benchmarks.md", page(found))
     replace_between(ROOT / "README.md", summary(found))
+    replace_between(ROOT / "docs" / "mixed_resolutions.md", many_sizes())
     missed = [one for one in found if not one.reached]
     print(f"{len(found)} comparisons, {len(missed)} below their goal")
     for one in missed:
@@ -237,9 +247,26 @@ def summary(found: Sequence[Comparison]) -> str:
     return "\n".join(lines)
 
 
-def told(ratio: Mapping[str, float]) -> str:
-    """A median with its quartiles."""
-    return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+def many_sizes() -> str:
+    """Every ratio of images of many sizes; those below the goal in bold."""
+    rows = json.loads((RESULTS / "mixed_resolutions.json").read_text())["rows"]
+    lines = [
+        f"| largest image | pass | {' | '.join(f'over {name}' for name in MANY_SIZES)} |",
+        "|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: (row["most_patches"], row["pass"])):
+        images = f"{row['most_patches']} patches, {row['batch_size']} images, {row['repetitions']} turns"
+        kinds = {row["pass"]: row["speedup_over"], f"{row['pass']}, prepacked, CLS alone": of_prepacked(row)}
+        for kind, ratios in kinds.items():
+            cells = [told(ratios[name], 1.5) for name in MANY_SIZES if name in ratios]
+            lines += [f"| {images} | {kind} | {' | '.join(cells)} |"] if cells else []
+    return "\n".join(lines)
+
+
+def told(ratio: Mapping[str, float], goal: float = 0.0) -> str:
+    """A median with its quartiles; in bold below a goal."""
+    bold = "**" if ratio["median"] < goal else ""
+    return f"{bold}{ratio['median']:.2f}{bold} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
 def replace_between(path: Path, text: str) -> None:
