@@ -202,7 +202,8 @@ def test_maps_of_all_models_are_on_one_scale(models, images, tmp_path, monkeypat
     monkeypatch.setattr(compare_pictures.maps, "map_sheet", keep)
     results = compare_models([models[0], models[2], biased, patches_alone], images, tmp_path, SETTINGS)
     columns, told = sheets["maps"]
-    assert [name for name, _, _ in columns] == list(results["models"])
+    headings = [f"{name}, up to {one[1].max():.1f}" for name, one in zip(results["models"], columns, strict=True)]
+    assert [heading for heading, _, _ in columns] == headings
     assert told["limits"] == (0.0, 5.0)
     assert "5 or more" in told["label"]
     assert columns[0][1].max() > 5 > 2 > columns[1][1].max()
