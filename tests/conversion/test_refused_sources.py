@@ -477,7 +477,7 @@ def test_heads_that_do_not_divide_the_width_are_refused(heads, weights, refused,
 HEADS = {
     "too narrow": (
         {"weight": torch.ones(7, 128), "bias": torch.ones(7)},
-        "of 256 or more inputs, a multiple of 128, got one of 128",
+        "of 256 or more .* got one of 128",
     ),
     "of another width": ({"weight": torch.ones(7, 300), "bias": torch.ones(7)}, "a multiple of 128, got one of 300"),
     "of more layers than there are": (
