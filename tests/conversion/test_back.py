@@ -335,7 +335,11 @@ CANNOT = {
         {"position_embedding_type": "rotary", "rope_coordinates": "grid", "layerscale_value": 0.1},
         "rope_coordinates='grid', which would be 'centered'",
     ),
-    "a learned table in DINOv3": ("dinov3_vit", {"layerscale_value": 0.1}, "embeddings.position_embeddings"),
+    "a learned table in DINOv3": (
+        "dinov3_vit",
+        {"layerscale_value": 0.1},
+        "position_embedding_type='rotary', as DINOv3ViTModel has it, got 'learned'",
+    ),
     "an inner width that no ratio gives": (
         "dinov2_with_registers",
         {"layerscale_value": 0.1, "intermediate_size": 65},
