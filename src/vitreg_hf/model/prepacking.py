@@ -107,8 +107,8 @@ class PrepackingMixin:
         without gradients on a CPU take less time: for inference, at the cost of as much memory again.
 
         Outputs are equal but for rounding; parameters, state dicts and files stay as they are. What cannot use the
-        packed weights takes the others: training, autocast, `torch.compile`, GPUs. Changed weights are packed anew; only
-        a change of few values of a matrix through `.data` may go unseen.
+        packed weights takes the others: training, autocast, `torch.compile`, GPUs. Changed weights are packed anew;
+        only a change of few values of a matrix through `.data` may go unseen.
 
         Raises:
             ValueError: if weights are not float32 (or bfloat16, where the processor has it) on a CPU, were made in
