@@ -55,6 +55,7 @@ def test_maps_of_nothing_are_drawn(drawn):
     path, _ = drawn
     zeros = np.zeros((2, 4, 4)), np.zeros((2, 4, 4))
     before_after_figure(IMAGES, zeros, zeros, path, captions=CAPTIONS, title="a model " * 30)
+    assert path.is_file()
 
 
 TRIALS = [

@@ -244,6 +244,12 @@ def test_what_cannot_be_prepacked_is_refused_before_anything_changes(make_model)
     model.layers[1].mlp.down_proj = Adapted(64, 32)
     with pytest.raises(ValueError, match=r"Expected nn\.Linear without adapters or hooks to prepack, got Adapted"):
         model.prepack_projections()
+    fused = make_model(ViTRegModel)
+    fused.fuse_qkv_projections()
+    fused.layers[1].attention.qkv_proj = Adapted(32, 96)
+    with pytest.raises(ValueError, match=r"Expected the projections of fuse_qkv_projections to prepack, got Adapted"):
+        fused.prepack_projections()
+    assert not [m for m in fused.modules() if isinstance(m, PrepackedLinear)]
     with pytest.raises(ValueError, match=r"Expected weights on a CPU.*got torch\.float16 on cpu"):
         make_model(ViTRegModel).half().prepack_projections()
     with pytest.raises(ValueError, match=r"Expected weights on a CPU.*got torch\.float32 on meta"):

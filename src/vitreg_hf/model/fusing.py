@@ -149,7 +149,7 @@ def fold(factors: Tensor, projection: nn.Linear) -> None:
 
 
 class FusingMixin(PrepackingMixin):
-    """For models of blocks with `attention`, `mlp` and two LayerScales, in `base_model.layers`."""
+    """For the same models, with two LayerScales in each block; what is fused can be prepacked, too."""
 
     def fuse_qkv_projections(self) -> None:
         """Compute queries, keys and values by one product: fewer kernels to start, the same outputs.
@@ -191,6 +191,3 @@ class FusingMixin(PrepackingMixin):
             fold(getattr(layer, name).lambda1, projection)
             setattr(layer, name, nn.Identity())
         config.layerscale_value = None
-
-    def _blocks(self) -> Iterable[Any]:
-        return self.base_model.layers  # type: ignore[attr-defined]

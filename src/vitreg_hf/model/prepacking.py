@@ -117,6 +117,11 @@ class PrepackingMixin:
         owners = self._owners_of_projections()
         check_plain("prepack", [getattr(owner, name) for owner, name in owners])
         fused = self._fused_projections()
+        for one in fused:
+            if not hasattr(one, "prepacked"):  # an adapter has taken its place
+                raise ValueError(
+                    f"Expected the projections of fuse_qkv_projections to prepack, got {type(one).__name__}"
+                )
         for weight in [getattr(owner, name).weight for owner, name in owners] + [one.weight for one in fused]:
             _check_weight(weight)
         for owner, name in owners:
@@ -137,21 +142,20 @@ class PrepackingMixin:
 
     def _owners_of_projections(self) -> list[tuple[nn.Module, str]]:
         """Every projection of the blocks by its parent and its name, but for fused ones."""
-        parts: Iterable[nn.Module] = (
-            part
-            for layer in self.base_model.layers  # type: ignore[attr-defined]
-            for part in (layer.attention, layer.mlp)
-        )
+        parts = [part for layer in self._blocks() for part in (layer.attention, layer.mlp)]
         return [
             (part, name)
             for part in parts
-            for name, child in part.named_children()
-            if name.endswith("_proj") and name != "qkv_proj" and child is not None
+            for name, _ in part.named_children()
+            if name.endswith("_proj") and name != "qkv_proj"
         ]
 
     def _fused_projections(self) -> list[Any]:
-        attentions = (layer.attention for layer in self.base_model.layers)  # type: ignore[attr-defined]
+        attentions = (layer.attention for layer in self._blocks())
         return [attention.qkv_proj for attention in attentions if attention.qkv_proj is not None]
+
+    def _blocks(self) -> Iterable[Any]:
+        return self.base_model.layers  # type: ignore[attr-defined]
 
 
 def _check_weight(weight: Tensor) -> None:
